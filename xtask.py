@@ -20,10 +20,10 @@ for tests and the terminal program) may be cut off. Python 3.9 or newer, no othe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import email.utils
 import http.client
-import itertools
 import json
 import os
 import random
@@ -102,6 +102,9 @@ class ModuleException(Exception):
 
     def __str__(self) -> str:
         return f"[{self.status_code}] {self.description}"
+
+    def __repr__(self) -> str:  # without the details, which may hold anything
+        return f"{type(self).__name__}({self.status_code}, {self.description!r})"
 
 
 class _Refused(OSError):
@@ -254,10 +257,11 @@ def _plain(value: Any) -> Any:
 
 
 class _Plan(NamedTuple):
-    """How a record class is read: (name, load, default, default factory) of its fields."""
+    """How the records of a class are read and written."""
 
-    fields: Tuple[Tuple[str, Optional[_Load], Any, Optional[Callable[[], Any]]], ...]
-    names: Set[str]
+    loads: Dict[str, Optional[_Load]]  # what converts the JSON value of each field, if anything
+    defaults: Dict[str, Any]
+    factories: List[Tuple[str, Callable[[], Any]]]
 
 
 _plans: Dict[type, _Plan] = {}
@@ -266,13 +270,14 @@ _plans: Dict[type, _Plan] = {}
 def _plan(cls: type) -> _Plan:
     plan = _plans.get(cls)
     if plan is None:
-        found = []
+        plan = _plans[cls] = _Plan({}, {}, [])
         for f in dataclasses.fields(cls):
-            default = None if f.default is dataclasses.MISSING else f.default
-            factory = None if f.default_factory is dataclasses.MISSING else f.default_factory
-            if f.name not in ("extra", "raw"):
-                found.append((f.name, f.metadata.get("load"), default, factory))
-        plan = _plans[cls] = _Plan(tuple(found), {name for name, *_ in found})
+            if f.name in ("extra", "raw"):
+                continue
+            plan.loads[f.name] = f.metadata.get("load")
+            plan.defaults[f.name] = None if f.default is dataclasses.MISSING else f.default
+            if f.default_factory is not dataclasses.MISSING:
+                plan.factories.append((f.name, f.default_factory))
     return plan
 
 
@@ -300,42 +305,39 @@ class _Record:
     @classmethod
     def from_dict(cls: Type[_R], data: Mapping[str, Any]) -> _R:
         """The record of a JSON object. Nothing is refused and nothing is lost."""
-        plan = _plan(cls)
+        loads, defaults, factories = _plan(cls)
         self = cls.__new__(cls)
         state = self.__dict__
-        found = 0
-        for name, load, default, factory in plan.fields:
-            if name in data:
-                found += 1
-                value = data[name]
+        state.update(defaults)
+        for name, factory in factories:
+            state[name] = factory()
+        extra = state["extra"] = {}
+        state["_wire"] = data
+        for name, value in data.items():
+            if name in loads:
+                load = loads[name]
                 state[name] = value if load is None or value is None else load(value)
             else:
-                state[name] = factory() if factory else default
-        state["extra"] = (
-            {k: v for k, v in data.items() if k not in plan.names} if len(data) > found else {}
-        )
-        state["_wire"] = data
+                extra[name] = value
         return self
 
     def to_dict(self) -> Dict[str, Any]:
         """The JSON object: every key that came, and every field that is set."""
-        out: Dict[str, Any] = {}
+        loads, defaults, factories = _plan(type(self))
+        unset = {**defaults, **{name: factory() for name, factory in factories}}
         wire = self._wire
-        for name, load, default, factory in _plan(type(self)).fields:
+        out: Dict[str, Any] = {}
+        for name, load in loads.items():
             value = getattr(self, name)
-            if name not in wire:
-                if value != (factory() if factory else default):
-                    out[name] = _plain(value)
-            elif isinstance(value, datetime) and load and load(wire[name]) == value:
+            if name in wire and load and isinstance(value, datetime) and load(wire[name]) == value:
                 out[name] = wire[name]  # the server's own spelling
-            else:
+            elif name in wire or value != unset[name]:
                 out[name] = _plain(value)
-        out.update(_plain(self.extra))
-        return out
+        return {**out, **_plain(self.extra)}
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={_mask(getattr(self, name))!r}" for name, *_ in _plan(type(self)).fields)
-        return f"{type(self).__name__}({shown})"
+        shown = [f"{name}={_mask(getattr(self, name))!r}" for name in _plan(type(self)).defaults]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 @dataclass(repr=False)
@@ -541,10 +543,14 @@ def _default_base_url() -> str:
     return "https://inbound.stg.xpander.ai" if staging else "https://inbound.xpander.ai"
 
 
+# Neither "@" (a user name), nor "%" and "\\", which parsers of URLs read in two ways
+_HOST_AND_PORT = re.compile(r"[\w.~:\[\]-]+")
+
+
 def _clean_base_url(url: str) -> str:
     """The URL with a scheme and without what a root has no use for; ValueError if it is none."""
     parts = urllib.parse.urlsplit(url if "://" in url else "https://" + url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+    if parts.scheme not in ("http", "https") or not _HOST_AND_PORT.fullmatch(parts.netloc):
         raise ValueError("base_url must be an http or https URL with a host and no user name")
     parts.port  # raises ValueError for one that is no number
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
@@ -771,9 +777,22 @@ class Task(_Record):
     ) -> Task:
         """The task of a JSON object, as the server last told it: `save()` compares with this."""
         told = json.dumps(data)
-        task = super().from_dict(json.loads(told))  # shares nothing with `data`
-        task.__dict__.update(_told=told, _configuration=configuration)
+        return cls._from_told(json.loads(told), told, configuration)  # shares nothing with `data`
+
+    @classmethod
+    def _from_told(
+        cls, data: Mapping[str, Any], told: Union[str, bytes], configuration: Optional[Configuration]
+    ) -> Task:
+        """The task of JSON that is ours alone, and its text: parsed again only if it is saved."""
+        task = super().from_dict(data)
+        task.__dict__.update(_told_text=told, _configuration=configuration)
         return task
+
+    @classmethod
+    def _from_answer(cls, answer: _Answer, configuration: Configuration) -> Task:
+        if isinstance(answer.value, dict) and isinstance(answer.value.get("id"), str):
+            return cls._from_told(answer.value, answer.body, configuration)
+        raise answer.unexpected("a task")
 
     def __repr__(self) -> str:
         title = _mask(self.title)
@@ -846,7 +865,7 @@ class Task(_Record):
             _plain({key: value for key, value in body.items() if value is not None}),
             headers={} if version is None else {"x-agent-version": str(version)},
         )
-        return cls.from_dict(_expect_task(answer, url), configuration)
+        return cls._from_answer(answer, configuration)
 
     @classmethod
     async def acreate(
@@ -878,9 +897,10 @@ class Task(_Record):
         answer = configuration._wires.call(
             "GET", url + ("?" + urllib.parse.urlencode(query) if query else "")
         )
-        if not isinstance(answer, list) or not all(isinstance(item, dict) for item in answer):
-            raise _unexpected("a list of objects", answer, url)
-        items = [TasksListItem.from_dict(item) for item in answer]
+        found = answer.value
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            raise answer.unexpected("a list of objects")
+        items = [TasksListItem.from_dict(item) for item in found]
         for item in items:
             item.__dict__["_configuration"] = configuration
         return items
@@ -928,10 +948,9 @@ class Task(_Record):
 
     def stop(self) -> Task:
         """Stop the task and take its new status. Route: DELETE /agent-execution/{task_id}."""
-        url = self._url()
-        answer = self.configuration._wires.call("DELETE", url)
+        answer = self.configuration._wires.call("DELETE", self._url())
         # nothing (204), or "not there" to a second try after the first one was lost: ask
-        return self.reload() if answer is None else self._take(_expect_task(answer, url))
+        return self.reload() if answer.value is None else self._take(answer)
 
     async def astop(self) -> Task:
         """`stop`, async."""
@@ -989,11 +1008,11 @@ class Task(_Record):
             "activity", _quote(self.agent_id, "agent_id"), _quote(self.id, "task id")
         )
         answer = configuration._wires.call("GET", url)
-        if answer is None:
+        if answer.value is None:
             raise ModuleException(404, "No activity log yet")
-        if not isinstance(answer, dict):
-            raise _unexpected("an object", answer, url)
-        return AgentActivityThread.from_dict(answer)
+        if not isinstance(answer.value, dict):
+            raise answer.unexpected("an activity log")
+        return AgentActivityThread.from_dict(answer.value)
 
     async def aget_activity_log(self) -> AgentActivityThread:
         """`get_activity_log`, async."""
@@ -1009,7 +1028,8 @@ class Task(_Record):
         except ImportError:
             return urls
         files = zip(urls, _fetch_files(self.configuration, urls))
-        return [_agno_pdf(File, url, got) for url, got in files if not _is_refused(got)]
+        made = [_agno_pdf(self.configuration, File, url, got) for url, got in files]
+        return [file for file in made if file is not None]
 
     async def aget_files(self) -> List[Any]:
         """`get_files`, async."""
@@ -1084,37 +1104,39 @@ class Task(_Record):
     ) -> Task:
         url = configuration._api_url("agent-execution", _quote(task_id, "task id"), "status")
         answer = configuration._wires.call("GET", url, line=line)
-        return cls.from_dict(_expect_task(answer, url), configuration)
+        return cls._from_answer(answer, configuration)
 
     def _changes(self) -> Dict[str, Any]:
         """The top-level fields that differ, as JSON, from what the server last told."""
-        return _difference(json.loads(self.__dict__.get("_told", "{}")), self.to_dict())
+        return _difference(self._told(), self.to_dict())
+
+    def _told(self) -> Dict[str, Any]:
+        """What the server last told: parsed only when it is asked for."""
+        return json.loads(self.__dict__.get("_told_text", "{}"))  # type: ignore[no-any-return]
 
     def _save(self, changes: Dict[str, Any]) -> Task:
         if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
             raise ValueError("internal_status has more than the 255 characters the platform takes")
         if not changes:
             return self.reload()
-        url = self._url("update")
         before = self.to_dict()
-        answer = self.configuration._wires.call("PATCH", url, changes)
-        if answer is None:  # saved, but nothing told
+        answer = self.configuration._wires.call("PATCH", self._url("update"), changes)
+        if answer.value is None:  # saved, but nothing told
             return self._replace(self._fetch(self.id, self.configuration), before)
-        return self._take(_expect_task(answer, url), before)
+        return self._take(answer, before)
 
-    def _take(self, answer: Dict[str, Any], before: Optional[Dict[str, Any]] = None) -> Task:
-        return self._replace(self.from_dict(answer), before)
+    def _take(self, answer: _Answer, before: Optional[Dict[str, Any]] = None) -> Task:
+        return self._replace(self._from_answer(answer, self.configuration), before)
 
     def _replace(self, newer: Task, before: Optional[Dict[str, Any]] = None) -> Task:
         """Become the newer one, but for the fields that were changed since `before`."""
+        old = {**self.__dict__, **self.extra}
         meanwhile = _difference(before, self.to_dict()) if before else {}
-        names = _plan(type(self)).names
-        kept = {name: getattr(self, name) for name in meanwhile if name in names}
-        kept_extra = {name: self.extra[name] for name in meanwhile if name not in names}
         configuration = self.__dict__.get("_configuration")
-        self.__dict__.update(newer.__dict__)
-        self.__dict__.update(kept, _configuration=configuration)
-        self.extra.update(kept_extra)
+        self.__dict__.update(newer.__dict__, _configuration=configuration)
+        for name in meanwhile:
+            home = self.__dict__ if name in _plan(Task).defaults else self.extra
+            home[name] = old[name]
         return self
 
     def _pauses(self, timeout: Optional[float]) -> Iterator[float]:
@@ -1138,19 +1160,6 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, Any
     return {k: v for k, v in new.items() if k not in old or not same(old[k], v)}
 
 
-def _expect_task(answer: Any, url: str) -> Dict[str, Any]:
-    if isinstance(answer, dict) and isinstance(answer.get("id"), str):
-        return answer
-    raise _unexpected("a task", answer, url)
-
-
-def _unexpected(wanted: str, answer: Any, url: str) -> ModuleException:
-    names = {dict: "an object without an id", list: "a list", str: "a string", type(None): "nothing"}
-    host = urllib.parse.urlsplit(url).netloc
-    got = names.get(type(answer), "a number or a boolean")
-    return ModuleException(500, f"{host} answered with {got} where {wanted} was due", answer)
-
-
 # ---------------------------------------------------------------------------
 # Transport
 # ---------------------------------------------------------------------------
@@ -1162,11 +1171,6 @@ _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
 def _wait(seconds: float, line: Optional[_Line] = None) -> None:
     """All waiting of the library's threads; ends early when the line is hung up."""
     (line.hung_up if line else threading.Event()).wait(seconds)
-
-
-def _backoff(attempt: int) -> float:
-    """Seconds before another try: growing, and jittered so that clients do not come in step."""
-    return min(8.0, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)
 
 
 class _Line:
@@ -1181,6 +1185,9 @@ class _Line:
         self._socket = sock
         if self.hung_up.is_set():
             raise ConnectionAbortedError("the stream was left")
+
+    def release(self) -> None:
+        self._socket = None
 
     def hang_up(self) -> None:
         self.hung_up.set()
@@ -1197,6 +1204,8 @@ class _Request(urllib.request.Request):
     """A request, and how it may be carried out."""
 
     guarded = False  # the URL is a stranger's: judge each address before connecting
+    proxied = False
+    tunnel_headers: Mapping[str, str] = {}  # what the proxy alone may see
     keep = False  # over a kept connection, which is kept again
     hops = 0
 
@@ -1205,21 +1214,70 @@ class _Request(urllib.request.Request):
     ) -> None:
         super().__init__(url, data, method=method)
         self.line = line
+        self.place = urllib.parse.urlsplit(url).netloc  # `host` is the proxy's when there is one
         for name, value in headers.items():
             self.add_unredirected_header(name, value)  # add_header's would follow any redirect
 
-    @property
-    def place(self) -> str:
-        """Host and port of the URL; `host` is the proxy's when there is one."""
-        return urllib.parse.urlsplit(self.full_url).netloc
-
-    @property
-    def proxied(self) -> bool:
-        return self.host != self.place
+    def set_proxy(self, host: str, type: str) -> None:
+        super().set_proxy(host, type)
+        self.proxied = True
+        password = self.get_header("Proxy-authorization")
+        if password and self.type == "https":
+            self.remove_header("Proxy-authorization")
+            self.tunnel_headers = {"Proxy-Authorization": password}
 
 
 class _Response(http.client.HTTPResponse):
     connection: Optional[_Connection] = None  # that may be kept, once the body is read
+    left = 0  # bytes that are still to come of the current chunk; -1 after the last one
+    size_line = b""  # what came of the line that gives the next chunk's size
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.fp.close()
+        # 8 KiB, the default, would cut a burst of events into many reads
+        self.fp = sock.makefile("rb", buffering=65536)  # type: ignore[assignment]
+
+    def read_some(self) -> bytes:
+        """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off.
+
+        `read1()` gives one HTTP chunk at a time, and servers send one event in each: taking them
+        apart here (RFC 9112, section 7.1) halves the CPU of a burst.
+        """
+        if not self.chunked:
+            return self.read1(65536)
+        parts: List[bytes] = []
+        while not parts and self.left >= 0:
+            data = self.fp.read1(65536)
+            if not data:
+                raise http.client.IncompleteRead(b"")
+            self._take_apart(self.size_line + data, parts)
+        return b"".join(parts)
+
+    def _take_apart(self, data: bytes, parts: List[bytes]) -> None:
+        """Append what the data holds of chunks to parts, and remember where it stopped."""
+        place, self.size_line = 0, b""
+        while place < len(data):
+            if self.left:
+                part = data[place : place + self.left]
+                parts.append(part)
+                place += len(part)
+                self.left -= len(part)
+                continue
+            end = data.find(b"\n", place)
+            if end < 0:
+                self.size_line = data[place:]
+                break
+            line, place = data[place:end].rstrip(b"\r"), end + 1
+            if line:  # an empty one ends the chunk before it
+                size = re.match(rb"[0-9A-Fa-f]{1,15}(?![^; \t])", line)
+                if not size:
+                    raise http.client.HTTPException("a chunk without a size")
+                self.left = int(size[0], 16) or -1
+                if self.left < 0:
+                    return
+        if len(self.size_line) > 4096:
+            raise http.client.LineTooLong("chunk size")
 
     def abandon(self) -> None:
         """Close it and its connection, whatever is still unread."""
@@ -1237,19 +1295,15 @@ class _Connection(http.client.HTTPConnection):
         parts = urllib.parse.urlsplit("//" + request.host)
         host = parts.hostname or ""
         super().__init__(host, parts.port or (443 if context else 80), timeout=request.timeout)
-        self.origin, self.context, self.proxy_headers = request, context, {}
+        self.origin, self.context = request, context
         self.judged = request.guarded and not request.proxied and host not in trusted
-        if context and request.proxied:
-            password = request.get_header("Proxy-authorization")
-            request.remove_header("Proxy-authorization")  # the proxy's, not the origin's
-            self.proxy_headers = {"Proxy-Authorization": password} if password else {}
 
     def connect(self) -> None:
         line = self.origin.line
         self.sock = _dial(self.host, self.port, self.judged, line)
         if self.context:
             if self.origin.proxied and self.origin.type == "https":
-                _ask_for_tunnel(self.sock, self.origin.place, self.proxy_headers)
+                _ask_for_tunnel(self.sock, self.origin.place, self.origin.tunnel_headers)
             host = urllib.parse.urlsplit(self.origin.full_url).hostname
             self.sock = self.context.wrap_socket(
                 self.sock, server_hostname=host, do_handshake_on_connect=False
@@ -1412,7 +1466,7 @@ class _Redirects(urllib.request.BaseHandler):
                 code, f"{request.place} redirects {request.get_method()} elsewhere: check XPANDER_BASE_URL"
             )
         if request.hops >= _MAX_REDIRECTS:
-            raise ModuleException(code, f"{request.place} redirects more than {_MAX_REDIRECTS} times")
+            raise ModuleException(code, f"redirected more than {_MAX_REDIRECTS} times")
         headers = {k: v for k, v in request.unredirected_hdrs.items() if k != "Host"}
         following = _Request("GET", _clean_url(target), headers, request.line)
         following.guarded, following.hops = request.guarded, request.hops + 1
@@ -1436,12 +1490,26 @@ def _same_origin(one: str, other: str) -> bool:
 def _clean_url(url: str) -> str:
     """A URL that can be sent: http or https, no user name, everything else percent-encoded."""
     parts = urllib.parse.urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+    if parts.scheme not in ("http", "https") or not _HOST_AND_PORT.fullmatch(parts.netloc):
         raise _Refused("only http and https URLs with a host and without a user name are fetched")
     place = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     path = urllib.parse.quote(parts.path or "/", safe="/%!$&'()*+,;=:@~")
     query = urllib.parse.quote(parts.query, safe="/%!$&'()*+,;=:@~?")
     return urllib.parse.urlunsplit((parts.scheme, place, path, query, ""))
+
+
+class _Answer(NamedTuple):
+    """What the platform said: a JSON value (None for an empty body), its text, and who said it."""
+
+    value: Any
+    body: bytes
+    place: str
+
+    def unexpected(self, wanted: str) -> ModuleException:
+        names = {dict: "an object without an id", list: "a list", str: "a string", type(None): "nothing"}
+        got = names.get(type(self.value), "a number or a boolean")
+        text = f"{self.place} answered with {got} where {wanted} was due"
+        return ModuleException(500, text, self.value)
 
 
 class _Transport:
@@ -1487,8 +1555,8 @@ class _Transport:
         body: Any = None,
         headers: Optional[Mapping[str, str]] = None,
         line: Optional[_Line] = None,
-    ) -> Any:
-        """The JSON value of an answer, None for an empty one; with further tries where that is safe."""
+    ) -> _Answer:
+        """The answer to a JSON request, after further tries where those are safe."""
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
         sent = {"Accept": "application/json", **(headers or {})}
         if data is not None:
@@ -1501,14 +1569,14 @@ class _Transport:
                 return self._once(request)
             except ModuleException as error:
                 if method == "DELETE" and attempt and error.status_code == 404:
-                    return None  # the first try did it, and its answer was lost
-                pause = _pause_before_retry(method, error, attempt)
+                    return _Answer(None, b"", request.place)  # the first try did it, and its answer was lost
+                pause = _pause_after(error, attempt) if _may_repeat(method, error) else None
                 if pause is None or attempt >= self.max_retries:
                     raise
             _wait(pause, line)
             attempt += 1
 
-    def _once(self, request: _Request) -> Any:
+    def _once(self, request: _Request) -> _Answer:
         place = request.place
         try:
             response = self.open(request, self.timeout)
@@ -1517,20 +1585,29 @@ class _Transport:
             except BaseException:
                 response.abandon()
                 raise
+            request.line.release()  # the next to use the connection is somebody else
             self._handler.give_back(request, response)
         except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise _no_answer(place, error) from error
-        return self.judge(response, body, place)
+            raise self.no_answer(place, error) from error
+        return _Answer(self.judge(response, body, place), body, place)
 
     def judge(self, response: _Response, body: bytes, place: str) -> Any:
         """`_answer`, with the key taken out of what a server may have put it into."""
         try:
             return _answer(response.status, response.headers, body, place)
         except ModuleException as error:
-            if self._key and len(self._key) >= 8 and self._key in error.description:
-                error.description = error.description.replace(self._key, "***")
-                error.args = (error.status_code, error.description, error.details, error.answered)
+            error.description = self._hide(error.description)
+            error.args = (error.status_code, error.description, *error.args[2:])
             raise
+
+    def no_answer(self, place: str, error: Exception) -> ModuleException:
+        error.args = tuple(map(self._hide, error.args))
+        return _no_answer(place, error)
+
+    def _hide(self, text: Any) -> Any:
+        """The text without the key, which a server may have put there."""
+        hide = self._key and len(self._key) >= 8 and isinstance(text, str)
+        return text.replace(self._key, "***") if hide else text
 
 
 def _read_all(response: _Response) -> bytes:
@@ -1606,17 +1683,19 @@ def _retry_after(value: Optional[str]) -> Optional[float]:
     return max(0.0, (moment - datetime.now(timezone.utc)).total_seconds())
 
 
-def _pause_before_retry(method: str, error: ModuleException, attempt: int) -> Optional[float]:
-    """Seconds to wait before the same request may be sent again, None if it may not."""
+def _may_repeat(method: str, error: ModuleException) -> bool:
+    """Whether the same request may be sent again after this."""
     if error.answered:
-        again = error.status_code in ((429,) if method == "POST" else (429, 502, 503, 504))
-    else:  # what a POST did before its connection broke is not known
-        again = isinstance(error.__cause__, ConnectionRefusedError if method == "POST" else _BROKEN)
-    if not again:
-        return None
+        return error.status_code in ((429,) if method == "POST" else (429, 502, 503, 504))
+    # what a POST did before its connection broke is not known
+    return isinstance(error.__cause__, ConnectionRefusedError if method == "POST" else _BROKEN)
+
+
+def _pause_after(error: ModuleException, attempt: int) -> Optional[float]:
+    """Seconds to the next try, as the server asked or growing and jittered; None if it asks too much."""
     asked = error._retry_after
     if asked is None:
-        return _backoff(attempt)
+        return min(8.0, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)
     return asked if asked <= _MAX_RETRY_AFTER else None
 
 
@@ -1632,7 +1711,9 @@ def _no_answer(place: str, error: Exception) -> ModuleException:
         reason = "no answer in time; see Configuration(timeout=...)"
     elif isinstance(error, http.client.IncompleteRead):
         reason = "the answer was cut off"
-    return ModuleException(500, f"No answer from {place}: {reason}", answered=False)
+    return ModuleException(
+        500, f"No answer from {place}: {' '.join(reason.split())}", answered=False
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -1708,10 +1789,9 @@ class _Parser:
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in chunk else chunk
 
     def _events(self, whole: bytes) -> Iterator[ServerSentEvent]:
-        too_long = len(whole) > _MAX_EVENT
+        if len(whole) > _MAX_EVENT and max(map(len, whole.split(b"\n\n"))) > _MAX_EVENT:
+            raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
         for block in whole.decode("utf-8", "replace").split("\n\n"):
-            if too_long and len(block.encode("utf-8")) > _MAX_EVENT:
-                raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
             if block.startswith("data: ") and "\n" not in block:  # nearly all: half the time
                 yield ServerSentEvent("message", block[6:], self.last_id, self.retry)
                 continue
@@ -1765,18 +1845,17 @@ class TaskUpdateEvent(_Record):
     ) -> TaskUpdateEvent:
         """The event of an envelope; `required` fills in what trimmed tasks leave out."""
         kind = data["type"]
-        required = required or {}
-        task_id = data.get("task_id") or required.get("id")
+        task_id = data.get("task_id") or (required or {}).get("id")
         body = data.get("data")
         if isinstance(body, dict):
-            body = _event_data(kind, body, {**required, "id": task_id}, configuration)
+            body = _event_data(kind, body, required, task_id, configuration)
         return cls(
             _EVENT_TYPES.get(kind) or TaskUpdateEventType(kind),
             task_id,
             data.get("organization_id"),
             _time(data.get("time")),
             body,
-            dict(data),
+            data if isinstance(data, dict) else dict(data),
         )
 
     @property
@@ -1786,12 +1865,15 @@ class TaskUpdateEvent(_Record):
     @property
     def extra(self) -> Dict[str, Any]:  # type: ignore[override]
         """What the envelope holds beside the five."""
-        names = _plan(type(self)).names
-        return {key: value for key, value in self.raw.items() if key not in names}
+        known = _plan(type(self)).defaults
+        return {key: value for key, value in self.raw.items() if key not in known}
 
 
 _EVENT_TYPES = {kind.value: kind for kind in TaskUpdateEventType}
-_EVENT_RECORDS: Dict[str, Type[ToolCallRequest]] = {
+_EVENT_RECORDS: Dict[str, Type[_Record]] = {
+    "task_created": Task,
+    "task_updated": Task,
+    "task_finished": Task,
     "tool_call_request": ToolCallRequest,
     "tool_call_result": ToolCallResult,
     "think": ToolCallRequest,
@@ -1802,25 +1884,29 @@ _EVENT_RECORDS: Dict[str, Type[ToolCallRequest]] = {
 def _event_data(
     kind: str,
     data: Dict[str, Any],
-    required: Mapping[str, Any],
+    required: Optional[Mapping[str, Any]],
+    task_id: Any,
     configuration: Optional[Configuration],
 ) -> Any:
     """The data of an event, typed where its type and its shape allow."""
-    if kind in ("task_created", "task_updated", "task_finished"):
-        return Task.from_dict({**required, **data}, configuration)
     record = _EVENT_RECORDS.get(kind)
+    if record is Task:
+        data = {**(required or {}), "id": task_id, **data}
+        return Task._from_told(data, json.dumps(data), configuration)
     if record and isinstance(data.get("request_id"), str) and isinstance(data.get("operation_id"), str):
         return record.from_dict(data)
     return data
+
+
+_decode = json.JSONDecoder().decode  # json.loads asks each time what it is asked for
 
 
 class _Stream:
     """One reader of a task's events: what it knows over all its connections."""
 
     def __init__(self, task: Task) -> None:
-        told = task.to_dict()
         self.configuration = task.configuration
-        self.required = {name: told[name] for name in _REQUIRED if name in told}
+        self.required = {name: _plain(getattr(task, name)) for name in _REQUIRED}
         self.task_id = task.id
         self.url = self.configuration._events_url(task)
         self.line = _Line()
@@ -1834,7 +1920,7 @@ class _Stream:
         self.failures = 0  # connections that failed, in a row
         self.weight = 0  # characters of data read so far
 
-    def batches(self) -> Iterator[List[TaskUpdateEvent]]:
+    def batches(self) -> Generator[List[TaskUpdateEvent], None, None]:
         """The events, as many at a time as came together, until the task is over."""
         while True:
             response = self._connect()
@@ -1854,35 +1940,38 @@ class _Stream:
                 status = task._status_text
                 raise ModuleException(204, f"The server has no events, but the task is {status}")
             if response:
-                _wait(min(max((self.retry or 500) / 1000, 0.1), 30.0), self.line)
+                retry = 500 if self.retry is None else self.retry
+                _wait(min(max(retry, 100), 30_000) / 1000, self.line)
             self.replayed = set(self.seen)
 
     def _connect(self) -> Optional[_Response]:
         """An open stream; None where there is none and the status must decide."""
         while True:
             try:
-                return self._open()
+                response = self._open()
+                break
             except ModuleException as error:
-                if self.line.connected and isinstance(error.__cause__, _TIMEOUTS):
-                    return None  # silent from the start
-                pause = self._pause_after(error)
+                silent = isinstance(error.__cause__, _TIMEOUTS)
+                if silent and self.line.connected:
+                    return None
+                again = silent or isinstance(error.__cause__, _BROKEN)
+                if error.answered:
+                    again = error.status_code == 429 or 500 <= error.status_code < 600
+                pause = _pause_after(error, self.failures) if again else None
                 self.failures += 1
                 if pause is None or self.failures > self.configuration.max_retries:
                     raise
             _wait(pause, self.line)
-
-    def _pause_after(self, error: ModuleException) -> Optional[float]:
-        """Seconds until the next connection; None if this one said that there is no use."""
-        if error.answered and 500 <= error.status_code < 600 and error._retry_after is None:
-            return _backoff(self.failures)
-        if not error.answered and isinstance(error.__cause__, _TIMEOUTS):
-            return _backoff(self.failures)
-        return _pause_before_retry("GET", error, self.failures)
+        if response and response.headers.get_content_type() != "text/event-stream":
+            response.abandon()
+            kind = response.headers.get_content_type()
+            raise ModuleException(500, f"The stream's answer is {kind}, not text/event-stream")
+        return response
 
     def _open(self) -> Optional[_Response]:
         transport = self.configuration._wires
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
-        if self.last_id.isprintable() and 0 < len(self.last_id.encode()) <= 1024:
+        if 0 < len(self.last_id.encode()) <= 1024 and not re.search("[\0-\x1f\x7f]", self.last_id):
             # UTF-8, as the standard has it, in the latin-1 that http.client wants
             headers["Last-Event-ID"] = self.last_id.encode().decode("latin-1")
         self.line.connected = False
@@ -1890,7 +1979,7 @@ class _Stream:
         try:
             response = transport.open(request, self.idle_timeout)
         except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise _no_answer(request.place, error) from error
+            raise transport.no_answer(request.place, error) from error
         try:
             return self._judge(response, request.place)
         except BaseException:
@@ -1898,21 +1987,18 @@ class _Stream:
             raise
 
     def _judge(self, response: _Response, place: str) -> Optional[_Response]:
-        """The response if it is a stream, None for 204, else what is wrong with it."""
-        kind = response.headers.get_content_type()
-        if response.status == 200 and kind == "text/event-stream":
+        """The response if it is 200, None for 204, else a ModuleException that says what it was."""
+        if response.status == 200:
             return response
-        if response.status == 204:
-            response.abandon()
-            self.no_content = True
-            return None
-        if 200 <= response.status < 300:
-            raise ModuleException(500, f"{place} answered with {response.status} {kind}, not with a stream")
+        self.no_content = response.status == 204
         try:
             body = response.read(65536)
         except (OSError, http.client.HTTPException):
             body = b""  # the status says enough
         self.configuration._wires.judge(response, body, place)
+        if not self.no_content:
+            raise ModuleException(response.status, f"{place} answered with no stream")
+        response.abandon()
         return None
 
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
@@ -1920,7 +2006,7 @@ class _Stream:
         parser = _Parser(self.last_id, self.retry)
         while not self.finished:
             try:
-                chunk = response.read1(65536)
+                chunk = response.read_some()
             except (OSError, http.client.HTTPException):
                 return  # cut off, or silent
             if not chunk:
@@ -1943,7 +2029,8 @@ class _Stream:
             event = self._event(data)
             if event is None:
                 continue
-            if event.type == "connected":  # each connection sends one
+            kind = event.type
+            if kind == "connected":  # each connection sends one
                 if self.shook_hands:
                     continue
                 self.shook_hands = True
@@ -1952,14 +2039,14 @@ class _Stream:
                 self.seen.append(mark)
             self.weight += len(data)
             batch.append(event)
-            if event.type == "task_finished" and event.task_id == self.task_id:
+            if kind == "task_finished" and event.task_id == self.task_id:
                 self.finished = True
                 break
         return batch
 
     def _event(self, data: str) -> Optional[TaskUpdateEvent]:
         try:
-            envelope = json.loads(data)
+            envelope = _decode(data)
             if isinstance(envelope, dict) and isinstance(envelope.get("type"), str):
                 return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
         except (ValueError, RecursionError):
@@ -1969,15 +2056,15 @@ class _Stream:
 
     def _finish(self, task: Task) -> TaskUpdateEvent:
         """The last event, made from the task when the stream did not bring it."""
-        envelope = {
-            "type": "task_finished",
-            "task_id": task.id,
-            "organization_id": task.organization_id,
-            "time": _plain(task.finished_at or task.updated_at or datetime.now(timezone.utc)),
-            "data": task.to_dict(),
-        }
         self.finished = True
-        return TaskUpdateEvent.from_dict(envelope, None, self.configuration)
+        ended = task.finished_at or task.updated_at or datetime.now(timezone.utc)
+        envelope = {
+            "type": "task_finished", "task_id": task.id, "organization_id": task.organization_id,
+            "time": _plain(ended), "data": task._told(),
+        }
+        event = TaskUpdateEvent.from_dict({**envelope, "data": None})
+        event.data, event.raw = task, envelope
+        return event
 
 
 def _events(task: Task) -> Generator[TaskUpdateEvent, None, None]:
@@ -1986,56 +2073,60 @@ def _events(task: Task) -> Generator[TaskUpdateEvent, None, None]:
 
 
 class _Relay:
-    """Hands batches from a stream's thread to its event loop, and stops the thread when it is full."""
+    """Hands batches from a stream's thread to an event loop, and holds the thread when it is full.
+
+    Without a lock, which would cost more than the rest: each side first writes what the other
+    reads, then reads what the other writes, so that one of them sees what both did at once.
+    """
 
     def __init__(self, stream: _Stream, loop: Any) -> None:
         self.stream, self.loop = stream, loop
-        self.changed = threading.Condition()
-        self.batches: List[List[TaskUpdateEvent]] = []
-        self.taken = 0  # the stream's weight when the batches were last taken
+        self.batches: Deque[Tuple[int, List[TaskUpdateEvent]]] = deque()
+        self.taken = 0  # the stream's weight at the last batch that was taken
+        self.room = threading.Event()
+        self.waiting: Any = None  # the future of a consumer that has nothing to do
         self.error: Optional[BaseException] = None
         self.ended = False
-        self.woken: Any = None  # the future that the consumer waits for
 
     def run(self) -> None:
         """The thread: reads the stream until it ends or is left."""
-        batches = self.stream.batches()
+        stream, left = self.stream, self.stream.line.hung_up
         try:
-            for batch in batches:
-                with self.changed:
-                    self.batches.append(batch)
-                    self._wake()
-                    self.changed.wait_for(self._has_room)
-                if self.stream.line.hung_up.is_set():
-                    break
+            with contextlib.closing(stream.batches()) as batches:
+                for batch in batches:
+                    self.batches.append((stream.weight, batch))
+                    self.wake()
+                    while stream.weight - self.taken > _RELAY_BYTES and not left.is_set():
+                        self.room.clear()
+                        if stream.weight - self.taken > _RELAY_BYTES and not left.is_set():
+                            self.room.wait()
+                    if left.is_set():
+                        break
         except BaseException as error:  # raised again where the consumer is
             self.error = error
-        finally:
-            batches.close()  # type: ignore[attr-defined]
-            with self.changed:
-                self.ended = True
-                self._wake()
+        self.ended = True
+        self.wake()
 
-    def _has_room(self) -> bool:
-        return self.stream.weight - self.taken < _RELAY_BYTES or self.stream.line.hung_up.is_set()
-
-    def _wake(self) -> None:
-        if self.woken:
-            woken, self.woken = self.woken, None
+    def wake(self) -> None:
+        waiting, self.waiting = self.waiting, None
+        if waiting:
             try:
-                self.loop.call_soon_threadsafe(_resolve, woken)
+                self.loop.call_soon_threadsafe(_resolve, waiting)
             except RuntimeError:  # the loop was closed under the stream
                 self.stream.line.hang_up()
 
-    def take(self) -> Tuple[List[List[TaskUpdateEvent]], Any]:
-        """What there is; with nothing there, a future that is done when there is something."""
-        with self.changed:
-            batches, self.batches = self.batches, []
-            self.taken = self.stream.weight
-            self.changed.notify()
-            if not batches and not self.ended:
-                self.woken = self.loop.create_future()
-            return batches, self.woken
+    async def take(self) -> List[TaskUpdateEvent]:
+        """The next batch; an empty one at the end."""
+        while not self.batches:
+            self.waiting = waiting = self.loop.create_future()
+            if self.ended and not self.batches:
+                return []
+            if not self.batches:  # looked at again, now that the thread can see who waits
+                await waiting
+        self.taken, batch = self.batches.popleft()
+        if self.stream.weight - self.taken < _RELAY_BYTES // 2 and not self.room.is_set():
+            self.room.set()
+        return batch
 
     async def leave(self) -> None:
         """Hang up, and see the thread off; one inside a name look-up ends with it."""
@@ -2043,12 +2134,11 @@ class _Relay:
 
         for _ in range(10):
             self.stream.line.hang_up()  # again: it may have been about to connect
-            with self.changed:
-                self.changed.notify()
-                if self.ended:
-                    return
-                self.woken = woken = self.loop.create_future()
-            await asyncio.wait([woken], timeout=0.015)
+            self.room.set()
+            self.waiting = waiting = self.loop.create_future()
+            if self.ended:
+                break
+            await asyncio.wait([waiting], timeout=0.015)
 
 
 def _resolve(future: Any) -> None:
@@ -2063,13 +2153,10 @@ async def _aevents(task: Task) -> AsyncGenerator[TaskUpdateEvent, None]:
     threading.Thread(target=relay.run, name=f"events of {task.id}", daemon=True).start()
     try:
         while True:
-            batches, woken = relay.take()
-            for batch in batches:
-                for event in batch:
-                    yield event
-            if woken:
-                await woken
-            elif not batches:
+            batch = await relay.take()
+            for event in batch:
+                yield event
+            if not batch:
                 break
         if relay.error:
             raise relay.error
@@ -2102,10 +2189,8 @@ class _Fetched(NamedTuple):
 
 def _extension(url: str) -> str:
     """The extension of the URL's path, lower-cased; "" where there is none."""
-    try:
-        return os.path.splitext(urllib.parse.urlsplit(url).path)[1].lower()
-    except ValueError:
-        return ""
+    start, scheme, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
+    return os.path.splitext(rest.partition("/")[2] if scheme else start)[1].lower()
 
 
 def _is_public(address: str) -> bool:
@@ -2150,7 +2235,9 @@ def _may_fetch(configuration: Configuration, url: str) -> bool:
                 raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
     except _Refused as error:
         return not _is_refused(error)
-    except (OSError, ValueError):
+    except ValueError:
+        return False  # no URL
+    except OSError:
         pass  # no address to refuse
     return True
 
@@ -2214,25 +2301,27 @@ class _FileWork:
         try:
             if response.status != 200:
                 raise ModuleException(response.status, "the server has no such file")
-            return _Fetched(self.read(response), response.headers.get_content_charset())
+            return _Fetched(self.read(response, line), response.headers.get_content_charset())
         finally:
             response.abandon()
 
-    def read(self, response: _Response) -> bytes:
-        parts, size = [], 0
-        while True:
-            part = response.read1(65536)
-            if not part:
-                break
-            size += len(part)
+    def read(self, response: _Response, line: _Line) -> bytes:
+        parts: List[bytes] = []
+        try:
+            for part in iter(response.read_some, b""):
+                parts.append(part)
+                with self.lock:
+                    self.budget -= len(part)
+                if sum(map(len, parts)) > _MAX_FILE or self.budget < 0:
+                    raise ModuleException(413, "the file is too large")
+            # read1() takes a body that was cut off, by us too, for a whole one
+            if response.length or line.hung_up.is_set():
+                raise http.client.IncompleteRead(b"")
+            return b"".join(parts)
+        except BaseException:
             with self.lock:
-                self.budget -= len(part)
-            if size > _MAX_FILE or self.budget < 0:
-                raise ModuleException(413, "the file is too large")
-            parts.append(part)
-        if response.length:  # read1() takes a body that was cut off for a whole one
-            raise http.client.IncompleteRead(b"", response.length)
-        return b"".join(parts)
+                self.budget += sum(map(len, parts))
+            raise
 
 
 def _text_of(got: Union[_Fetched, Exception]) -> str:
@@ -2242,7 +2331,7 @@ def _text_of(got: Union[_Fetched, Exception]) -> str:
         if _CHARSET.fullmatch(name):
             try:
                 return got.content.decode(name, "replace")
-            except LookupError:
+            except (LookupError, ValueError):  # ValueError: a NUL in the name
                 pass
         return got.content.decode("utf-8", "replace")
     _is_refused(got)
@@ -2251,10 +2340,13 @@ def _text_of(got: Union[_Fetched, Exception]) -> str:
     return "Error: the file could not be fetched"
 
 
-def _agno_pdf(file_class: Any, url: str, got: Union[_Fetched, Exception]) -> Any:
-    """agno's File: with the bytes, or with the URL for those that could not be fetched."""
-    if not isinstance(got, _Fetched):
-        return file_class(url=url)
+def _agno_pdf(
+    configuration: Configuration, file_class: Any, url: str, got: Union[_Fetched, Exception]
+) -> Any:
+    """agno's File: with the bytes, or with the URL where there are none and agno may fetch it."""
+    if not isinstance(got, _Fetched) or not got.content:
+        allowed = not _is_refused(got) and _may_fetch(configuration, url)
+        return file_class(url=url) if allowed else None
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
     name = re.sub(r"[^\w. ()+,-]", "_", name)[-255:]
     return file_class(content=got.content, filename=name, mime_type="application/pdf")
@@ -2273,8 +2365,6 @@ __all__ += ["LocalPlatform", "main"]
 
 _LocalAgent = Callable[[Dict[str, Any]], Generator[Tuple[str, Any], None, Any]]
 
-_LOCAL_FINAL = ("error", "failed", "completed", "stopped")
-
 
 def _local_time() -> str:
     return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
@@ -2282,32 +2372,41 @@ def _local_time() -> str:
 
 def _local_agent(task: Dict[str, Any]) -> Generator[Tuple[str, Any], None, str]:
     """The built-in agent: thinks, calls a tool and answers in chunks, in about a second."""
-    about = task["input"]["text"] or "the files"
-    thought = {"title": "Plan", "confidence": 0.9, "thought": "One search will do.", "action": "Search first"}
+    about = str(task["input"]["text"])[:60]
+    thought = {"title": "Plan", "confidence": 0.9, "thought": "One search will do.", "action": "Search"}
     yield "think", {"request_id": "r1", "operation_id": "think", "payload": {"input": thought}}
-    time.sleep(0.1)
-    call = {"request_id": "r2", "operation_id": "search", "tool_name": "search", "payload": {"query": about}}
+    time.sleep(0.08)
+    call = {"request_id": "r2", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
     yield "tool_call_request", call
-    time.sleep(0.2)
+    time.sleep(0.08)
     yield "tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}
-    answer = f"A played answer to: {about}\nIt has found three hits, and nothing left this machine."
-    size = max(16, len(answer) // 8)
-    for start in range(0, len(answer), size):
-        time.sleep(0.07)
-        yield "chunk", answer[start : start + size]
+    answer = f"A played answer to: {about}\nIt found three hits, and nothing left this machine."
+    for start in range(0, len(answer), 12):
+        time.sleep(0.08)
+        yield "chunk", answer[start : start + 12]
     return answer
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _within(value: Any, *names: str) -> Dict[str, Any]:
+    """The object at this path of names; an empty one where there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
 def _local_entry(kind: str, data: Any) -> Optional[Dict[str, Any]]:
-    """The entry that an event leaves in the activity log, if any."""
-    if not isinstance(data, dict):
-        return None
+    """The entry that an agent's event leaves in the activity log, if any."""
     if kind in ("think", "analyze"):
-        keys = ("title", "confidence", "thought", "action", "result", "analysis")
-        return {"type": kind, **dict.fromkeys(keys), **((data.get("payload") or {}).get("input") or {})}
+        names = ("title", "confidence", "thought", "action", "result", "analysis")
+        return {"type": kind, **dict.fromkeys(names), **_within(data, "payload", "input")}
     if kind == "tool_call_result":
-        return {key: data.get(key) for key in ("tool_name", "payload", "is_error", "reasoning", "result")}
-    return data if kind in ("sub_agent_trigger", "auth_event") else None
+        kept = ("tool_name", "payload", "is_error", "reasoning", "result")
+        return {name: _within(data).get(name) for name in kept}
+    return _within(data) if kind in ("sub_agent_trigger", "auth_event") else None
 
 
 class _LocalRun:
@@ -2316,15 +2415,15 @@ class _LocalRun:
     def __init__(self, task: Dict[str, Any], lock: Any, log: List[Dict[str, Any]]) -> None:
         self.task, self.log, self.over = task, log, False
         self.events: List[bytes] = []
-        self.changed = threading.Condition(lock)  # one each: an event wakes this task's readers alone
+        self.changed = threading.Condition(lock)  # one a run, so that an event wakes its own readers only
         self.emit("connected", {})
         self.emit("task_created", task)
 
     def emit(self, kind: str, data: Any) -> bool:
-        """Add an event and its entry in the log; False, and nothing is added, once the run is over."""
+        """Add an event and its entry in the log; or nothing, and return False, when the run is over."""
         with self.changed:
             if not self.over:
-                ids = {"task_id": self.task["id"], "organization_id": self.task["organization_id"]}
+                ids = {"task_id": self.task["id"], "organization_id": "local-org"}
                 text = json.dumps({"type": kind, **ids, "time": _local_time(), "data": data})
                 self.events.append(f"id: {len(self.events) + 1}\ndata: {text}\n\n".encode())
                 self.note(_local_entry(kind, data))
@@ -2332,50 +2431,48 @@ class _LocalRun:
             return not self.over
 
     def note(self, entry: Optional[Dict[str, Any]]) -> None:
-        if entry is not None:
+        if entry:
             self.log.append({"id": f"a{len(self.log) + 1}", "created_at": _local_time(), **entry})
 
-    def end(self, status: Optional[str] = None, **changes: Any) -> None:
-        """End the run; with a status the task has finished, and its last event says so."""
+    def end(self, **changes: Any) -> None:
+        """End the run, if it is not over, with changes of the task (its status is one) and the last event."""
         with self.changed:
-            if status and not self.over:
-                self.task.update(changes, status=status, finished_at=_local_time(), updated_at=_local_time())
-                if status == "completed":
+            if not self.over:
+                self.task.update(changes, finished_at=_local_time(), updated_at=_local_time())
+                if self.task["status"] == "completed":
                     self.note({"role": "agent", "content": {"text": self.task["result"], "files": None}})
                 self.emit("task_finished", self.task)
-            self.over = True
-            self.changed.notify_all()
+                self.over = True
 
     def play(self, agent: _LocalAgent) -> None:
-        """Run the agent to its end, or to the event at which the run is over already."""
+        """Run the agent to its end, or to its first event after the end of the run."""
         with self.changed:
             if self.over:
                 return
             self.task.update(status="executing", started_at=_local_time(), updated_at=_local_time())
+            self.note({"role": "user", "content": {key: self.task["input"][key] for key in ("text", "files")}})
             self.emit("task_updated", self.task)
-            asked = self.task["input"]
-            self.note({"role": "user", "content": {"text": asked["text"], "files": asked["files"]}})
         try:
             events = agent(self.task)
             while self.emit(*next(events)):
                 pass
             events.close()
         except StopIteration as end:
-            text = end.value if isinstance(end.value, str) or end.value is None else json.dumps(end.value)
-            self.end("completed", result=text)
+            self.end(status="completed", result=None if end.value is None else _text(end.value))
         except Exception as error:
-            self.end("failed", result=str(error) or repr(error))
+            self.end(status="failed", result=str(error) or repr(error))
 
     def stream(self, seen: int) -> Iterator[bytes]:
-        """What comes after the first `seen` events, as it comes, until the run is over."""
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.over or len(self.events) > seen)
-                fresh = self.events[seen:]
-            if not fresh:
-                return
+        """What follows the first `seen` events, as it comes, and an empty piece once the run is over."""
+        fresh = [b"retry: 100\n\n"]
+        while fresh:
             yield b"".join(fresh)
+            with self.changed:
+                while not self.over and len(self.events) <= seen:
+                    self.changed.wait()
+                fresh = self.events[seen:]
             seen += len(fresh)
+        yield b""
 
 
 class LocalPlatform:
@@ -2384,7 +2481,7 @@ class LocalPlatform:
     It serves while its `with` block lasts. `configuration` and `environ` lead to it, `tasks` maps ids to
     tasks as JSON, `requests` holds what arrived: (method, path with query, headers with names in lower
     case, parsed body or None). `agent(task)` is a generator that yields (event type, data) and returns
-    the result, text or JSON; the task of one that raises has failed, with the error as its result.
+    the result, text or JSON; if it raises, the task has failed, with the error as its result.
     """
 
     def __init__(self, agent: Optional[_LocalAgent] = None) -> None:
@@ -2396,7 +2493,7 @@ class LocalPlatform:
         self._threads: Dict[threading.Thread, Optional[socket.socket]] = {}
 
     def __enter__(self) -> LocalPlatform:
-        self._server = _local_server(self)
+        self._server, self._open = _local_server(self), True
         self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
         self.configuration = Configuration("local-key", "local-org", self.url)
         # A proxy in the environment must not come between; __dict__, because it is frozen.
@@ -2404,20 +2501,25 @@ class LocalPlatform:
         self.environ = {"XPANDER_API_KEY": "local-key", "XPANDER_ORGANIZATION_ID": "local-org"}
         self.environ.update(XPANDER_BASE_URL=self.url, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
         self._accepting = threading.Thread(target=self._accept, daemon=True)
-        self._open = True
         self._accepting.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open = False
-        socket.create_connection(self._server.server_address[:2]).close()  # wakes the accepting thread
+        socket.create_connection(self._server.server_address).close()  # wakes the accepting thread
         self._accepting.join()
         self._server.server_close()
-        for run in list(self._runs.values()):
-            run.end()
-        for connection in self._threads.values():
-            _local_hang_up(connection)
-        for thread in self._threads:
+        with self._lock:
+            threads, runs = dict(self._threads), list(self._runs.values())
+        for connection in threads.values():
+            try:
+                if connection:
+                    connection.shutdown(socket.SHUT_RDWR)  # close() would not wake its reader
+            except OSError:
+                pass  # closed already
+        for run in runs:
+            run.end(status="stopped")
+        for thread in threads:
             thread.join(0.5)  # not for ever: an agent may be stuck
         self.configuration.close()
 
@@ -2433,127 +2535,98 @@ class LocalPlatform:
             self._threads[thread] = connection
 
     def _receive(self, method: str, path: str, headers: Dict[str, str], raw: bytes) -> Tuple[int, Any]:
-        """The status and the answer to a request: JSON as bytes, or a stream's iterator of bytes."""
+        """The status and the answer to a request: JSON as bytes, or a stream as an iterator of bytes."""
+        body, status = json.loads(raw or b"null"), 200
         with self._lock:
+            self.requests.append((method, path, headers, body))
             try:
-                body = json.loads(raw) if raw else None
-                self.requests.append((method, path, headers, body))
-                answer, status = self._route(method, path, headers, body), 200
+                answer = self._route(method, path, headers, body or {})
             except ModuleException as error:
                 answer, status = error.details or {"detail": error.description}, error.status_code
             return status, answer if isinstance(answer, Iterator) else json.dumps(answer).encode()
 
     def _route(self, method: str, path: str, headers: Dict[str, str], body: Any) -> Any:
-        from urllib.parse import parse_qs, unquote
-
         if headers.get("x-api-key") != "local-key":
             raise ModuleException(401, "Invalid API key")
         place, _, query = path.partition("?")
-        for pattern, answer, argument in (
-            (r"POST /agent-execution/([^/]+)", self._create, body),
-            (r"GET /agent-execution/executions/history/([^/]+)", self._list, parse_qs(query)),
-            (r"GET /activity/([^/]+)/([^/]+)", self._activity, None),
-            (r"GET /[^/]+/agent-execution/([^/]+)/events", self._events, headers.get("last-event-id", "")),
-            (r"GET /agent-execution/([^/]+)/status", self._load, None),
-            (r"PATCH /agent-execution/([^/]+)/update", self._save, body),
-            (r"DELETE /agent-execution/([^/]+)", self._stop, None),
-        ):
+        routes: Tuple[Tuple[str, Callable[..., Any], Any], ...] = (
+            ("POST /agent-execution/([^/]+)", self._create, body),
+            ("GET /agent-execution/executions/history/([^/]+)", self._list, urllib.parse.parse_qs(query)),
+            ("GET /activity/[^/]+/([^/]+)", self._activity, None),
+            ("GET /[^/]+/agent-execution/([^/]+)/events", self._events, headers.get("last-event-id", "")),
+            ("GET /agent-execution/([^/]+)/status", self._change, {}),
+            ("PATCH /agent-execution/([^/]+)/update", self._change, body),
+            ("DELETE /agent-execution/([^/]+)", self._stop, None),
+        )
+        for pattern, answer, given in routes:
             found = re.fullmatch(pattern, f"{method} {place}")
             if found:
-                return answer(argument, *map(unquote, found.groups()))
+                return answer(urllib.parse.unquote(found[1]), given)
         raise ModuleException(404, "Not Found")
 
-    def _create(self, body: Any, agent_id: str) -> Dict[str, Any]:
+    def _create(self, agent_id: str, given: Dict[str, Any]) -> Dict[str, Any]:
         import uuid
 
-        given = dict(body or {})
-        asked = {"text": None, "files": None, "user": None, **(given.pop("input", None) or {})}
+        asked = {"text": None, "files": None, "user": None, **(given.get("input") or {})}
         if not (asked["text"] or asked["files"] or given.get("id")):
             fault = {"loc": ["body", "input"], "msg": "text, files or an id is needed", "type": "missing"}
-            raise ModuleException(422, "Validation", {"detail": [fault]})
-        task = {**_local_defaults(), **given, "agent_id": agent_id, "input": asked}
-        task["id"] = given.get("id") or str(uuid.uuid4())
+            raise ModuleException(422, "Invalid", {"detail": [fault]})
+        task = dataclasses.asdict(Task("", agent_id, "local-org", AgentExecutionInput()))
+        task.update(task.pop("extra"), id=str(uuid.uuid4()), created_at=_local_time(), updated_at=_local_time())
+        task.update(status="pending", source="api", output_format="text", think_mode="default")
+        task.update({**given, "input": asked})
         task["parent_execution"] = task.pop("parent_execution_id", None)
-        before = self._runs.get(task["id"])
-        if before and not before.over:
-            raise ModuleException(400, "The task is still running")
-        run = _LocalRun(task, self._lock, before.log if before else [])
-        self.tasks[task["id"]], self._runs[task["id"]] = task, run
+        log = self._runs[task["id"]].log if task["id"] in self._runs else []  # an id continues a task
+        self._runs[task["id"]] = run = _LocalRun(task, self._lock, log)
+        self.tasks[task["id"]] = task
         self._start(None, run.play, self._agent)
         return task
 
-    def _load(self, _: Any, task_id: str) -> Dict[str, Any]:
+    def _change(self, task_id: str, changes: Dict[str, Any]) -> Dict[str, Any]:
         if task_id not in self.tasks:
             raise ModuleException(404, "Task not found")
-        return self.tasks[task_id]
-
-    def _save(self, body: Any, task_id: str) -> Dict[str, Any]:
-        task = self._load(None, task_id)
-        task.update(body or {}, updated_at=_local_time())
-        if task_id in self._runs and task["status"] in _LOCAL_FINAL:
-            self._runs[task_id].end(task["status"])
+        task, run = self.tasks[task_id], self._runs.get(task_id)
+        if run and not run.over and AgentExecutionStatus(str(changes.get("status"))).is_final:
+            run.end(**changes)
+        elif changes:
+            task.update(changes, updated_at=_local_time())
         return task
 
-    def _stop(self, _: Any, task_id: str) -> Dict[str, Any]:
-        task = self._load(None, task_id)
-        if task["status"] not in _LOCAL_FINAL:
-            task.update(is_manually_stopped=True)
-            self._save({"status": "stopped", "finished_at": _local_time()}, task_id)
+    def _stop(self, task_id: str, _: None) -> Dict[str, Any]:
+        task = self._change(task_id, {})
+        if not AgentExecutionStatus(task["status"]).is_final:
+            stopped = {"status": "stopped", "is_manually_stopped": True, "finished_at": _local_time()}
+            self._change(task_id, stopped)
         return task
 
-    def _list(self, filters: Dict[str, List[str]], agent_id: str) -> List[Dict[str, Any]]:
-        keys = "id agent_id organization_id status triggering_agent_id created_at updated_at result title"
+    def _list(self, agent_id: str, filters: Dict[str, List[str]]) -> List[Dict[str, Any]]:
+        names = [item.name for item in dataclasses.fields(TasksListItem) if item.name != "extra"]
         items = []
         for task in self.tasks.values():
-            item = {key: task.get(key) for key in keys.split()}
-            item.update(user_id=(task["input"].get("user") or {}).get("id"), source_node_type=task.get("source"))
-            item.update(parent_task_id=task.get("parent_execution"))
-            known = {**task, **item}
-            if task["agent_id"] == agent_id and all(known.get(key) in want for key, want in filters.items()):
-                items.append(item)
+            user = task["input"].get("user") or {}
+            more = {"parent_task_id": task.get("parent_execution"), "source_node_type": task.get("source")}
+            known = {**task, **more, "user_id": user.get("id")}
+            if all(known.get(name) in some for name, some in {**filters, "agent_id": [agent_id]}.items()):
+                items.append({name: known.get(name) for name in names})
         return items
 
-    def _activity(self, _: Any, agent_id: str, task_id: str) -> Dict[str, Any]:
-        task, run = self.tasks.get(task_id), self._runs.get(task_id)
-        if not task or not run or not run.log or task["agent_id"] != agent_id:
-            raise ModuleException(404, "No activity yet")
-        asker = task["input"].get("user")
-        return {"id": task_id, "created_at": task["created_at"], "messages": run.log, "user": asker}
+    def _activity(self, task_id: str, _: None) -> Dict[str, Any]:
+        task, run = self._change(task_id, {}), self._runs.get(task_id)
+        if not run or not run.log:
+            raise ModuleException(404, "No activity log yet")
+        user = task["input"].get("user")
+        return {"id": task_id, "created_at": task["created_at"], "messages": run.log, "user": user}
 
-    def _events(self, last: str, task_id: str) -> Iterator[bytes]:
-        self._load(None, task_id)
-        run = self._runs.get(task_id)
-        return run.stream(int(last) if re.fullmatch("[0-9]{1,9}", last) else 0) if run else iter(())
-
-
-def _local_hang_up(connection: Optional[socket.socket]) -> None:
-    try:
-        if connection:
-            connection.shutdown(socket.SHUT_RDWR)  # close() alone would not wake its reader
-    except OSError:
-        pass  # it is closed already
-
-
-def _local_defaults() -> Dict[str, Any]:
-    """A new task as the platform makes it, whatever the caller asked for aside."""
-    from dataclasses import fields
-
-    task: Dict[str, Any] = {field.name: None for field in fields(Task) if field.name.strip("_") == field.name}
-    task.pop("extra", None)
-    for name in ("sub_executions", "finished_sub_executions", "mcp_servers"):
-        task[name] = []
-    for name in ("is_manually_stopped", "events_streaming", "used_mutating_tools", "is_continuous"):
-        task[name] = False
-    task.update(organization_id="local-org", status="pending", source="api", output_format="text")
-    task.update(think_mode="default", disable_attachment_injection=False)
-    task.update(created_at=_local_time(), updated_at=_local_time())
-    return task
+    def _events(self, task_id: str, last_id: str) -> Iterator[bytes]:
+        self._change(task_id, {})
+        seen = int(last_id) if re.fullmatch("[0-9]{1,9}", last_id) else 0
+        return self._runs[task_id].stream(seen) if task_id in self._runs else iter([b""])
 
 
 def _local_server(platform: LocalPlatform) -> Any:
-    """A server on a free port whose requests go to the platform, each connection on its own thread."""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-    from socketserver import TCPServer
+    """A server on a free port of 127.0.0.1 that asks the platform, with a thread for each connection."""
+    from http.server import BaseHTTPRequestHandler
+    from socketserver import ThreadingTCPServer  # HTTPServer asks the name service for the host's name
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -2564,44 +2637,333 @@ def _local_server(platform: LocalPlatform) -> Any:
             raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             headers = {name.lower(): value for name, value in self.headers.items()}
             status, answer = platform._receive(self.command, self.path, headers, raw)
+            whole = isinstance(answer, bytes)
             self.send_response(status)
-            if isinstance(answer, bytes):
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-            else:
-                self.send_header("Content-Type", "text/event-stream")
-                self.send_header("Transfer-Encoding", "chunked")
-                self.end_headers()
-                self.stream(answer)
+            self.send_header("Content-Type", "application/json" if whole else "text/event-stream")
+            length = ("Content-Length", str(len(answer))) if whole else ("Transfer-Encoding", "chunked")
+            self.send_header(*length)
+            self.end_headers()
+            for piece in [answer] if whole else answer:
+                self.wfile.write(piece if whole else b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.wfile.flush()
 
         do_GET = do_POST = do_PATCH = do_DELETE = answer
-
-        def stream(self, pieces: Iterator[bytes]) -> None:
-            self.chunk(b"retry: 100\n\n")
-            for piece in pieces:
-                self.chunk(piece)
-            self.chunk(b"")
-
-        def chunk(self, piece: bytes) -> None:
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-            self.wfile.flush()
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
+    class Server(ThreadingTCPServer):
         request_queue_size = 512
-
-        def server_bind(self) -> None:
-            TCPServer.server_bind(self)  # HTTPServer's own also asks the name service for the host's name
 
         def process_request(self, request: Any, client_address: Any) -> None:
             platform._start(request, self.process_request_thread, request, client_address)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            if not isinstance(sys.exc_info()[1], OSError):  # not a client that left
+            if not isinstance(sys.exc_info()[1], OSError):  # a client that left is no error
                 super().handle_error(request, client_address)
 
     return Server(("127.0.0.1", 0), Handler)
+
+
+# ---------------------------------------------------------------------------
+# Terminal
+# ---------------------------------------------------------------------------
+
+_HELP = """\
+usage: xtask COMMAND ... [--json]          (or: python3 xtask.py COMMAND ...)
+
+Follow the tasks of agents on the xpander.ai platform.
+
+  xtask demo                          a whole run here: no account, no network
+  xtask run AGENT_ID "Sum this up" --file https://example.com/sales.csv
+                                      create a task and watch it
+  xtask watch TASK_ID                 what a task does, live, then its result
+  xtask show TASK_ID                  a task as it is now
+  xtask log TASK_ID                   what it did: its activity log
+  xtask stop TASK_ID                  stop it
+  xtask list AGENT_ID                 the tasks of an agent
+
+--json     for programs: one JSON object, or one a line for run, watch, demo and
+           list, as the platform sent it, with the secrets that are in it
+--version  the version, and the SHA-256 of this file
+
+Settings: XPANDER_API_KEY, XPANDER_ORGANIZATION_ID, XPANDER_BASE_URL.
+Exit codes: 0 done, 1 the task ended otherwise or a call failed, 2 wrong usage
+or no key, 130 Ctrl-C."""
+_WORDS = {"demo": 0, "run": 2, "watch": 1, "show": 1, "log": 1, "stop": 1, "list": 1}
+# Events and entries of the log: a label, what the task does after it, where its facts are, and which.
+_TOLD: Dict[str, Tuple[str, str, Tuple[str, ...], Tuple[str, ...]]] = {
+    "task_created": ("created", "waiting to start", (), ("title",)),
+    "task_updated": ("updated", "working", (), ("status", "internal_status", "title")),
+    "task_finished": ("finished", "working", (), ("id", "status", "title")),
+    "tool_call_request": ("call", "calling a tool", (), ("tool_name", "payload")),
+    "tool_call_result": ("result", "working", (), ("tool_name", "result")),
+    "think": ("think", "thinking", ("payload", "input"), ("title", "thought", "action")),
+    "analyze": ("analyze", "thinking", ("payload", "input"), ("title", "analysis", "result")),
+    "sub_agent_trigger": ("sub-agent", "waiting for a sub-agent", (), ("agent_id", "query")),
+    "auth_event": ("login", "waiting for a login", ("data",), ("type", "server_name", "message")),
+    "user": ("user", "", ("content",), ("text", "files")),
+    "agent": ("agent", "", ("content",), ()),
+}
+
+
+def _width() -> int:
+    import shutil
+
+    return max(20, shutil.get_terminal_size().columns - 1)  # a full row makes some terminals wrap
+
+
+def _cut(text: str) -> str:
+    """As much of a line as fits into the terminal, whose cells are not characters."""
+    import unicodedata
+
+    left = _width()
+    for index, sign in enumerate(text):
+        left -= 2 if unicodedata.east_asian_width(sign) in "WF" else 1
+        if left < 0:
+            return text[: index - 3] + "..."
+    return text
+
+
+def _printable(text: str) -> str:
+    """Text that neither steers a terminal nor fails to be encoded for standard output."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def _one_line(value: Any) -> str:
+    """A value for people, on one line and without secrets."""
+    return " ".join(_printable(_text(_mask(value))).split())
+
+
+def _clock(when: Any, form: str = "%H:%M:%S") -> str:
+    try:
+        return str(when.astimezone().strftime(form))
+    except (AttributeError, OverflowError, OSError, ValueError):
+        return "--:--:--"  # no date-time, or one that the local clock cannot show
+
+
+def _span(task: Task, end: Any) -> str:
+    """Minutes and seconds from the start of a task to its end."""
+    start = task.started_at or task.created_at
+    known = isinstance(start, datetime) and isinstance(end, datetime)
+    return "%d:%02d" % divmod(max(0, (end - start).total_seconds()), 60) if known else "-:--"
+
+
+class _Screen:
+    """Standard output for people: lines, the answer's text, on a terminal a live line below them."""
+
+    def __init__(self, task: Optional[Task] = None) -> None:
+        self.task, self.doing = task, "waiting"
+        self._live = bool(task and sys.stdout and sys.stdout.isatty())
+        self._drawn = self._in_line = False
+        self._lock, self._left = threading.Lock(), threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> _Screen:
+        if self._live:
+            self._ticker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        if self._live:
+            self._ticker.join()
+        self._live = False
+        self.write("\n" if self._in_line else "")
+
+    def _tick(self) -> None:
+        try:
+            while not self._left.wait(1):
+                self.write("")
+        except (OSError, ValueError):
+            pass  # the output is closed; the main thread will see
+
+    def write(self, text: str) -> None:
+        """Text as it is. The live line moves down, and is away while the text stands within a line."""
+        with self._lock:
+            wipe = "\r" + " " * _width() + "\r" if self._drawn else ""
+            self._in_line = not text.endswith("\n") if text else self._in_line
+            self._drawn = self._live and not self._in_line
+            now = datetime.now(timezone.utc)
+            live = _cut(f"{_span(self.task, now)}  {self.doing}") if self._drawn and self.task else ""
+            print(wipe + _printable(text) + live, end="", flush=True)
+
+    def line(self, when: Any, label: str, *facts: Any) -> None:
+        told = ": ".join(_one_line(fact) for fact in facts if fact not in (None, "", [], {}))
+        self.write("\n" * self._in_line + _cut(f"{_clock(when)}  {label:<10} {told}".rstrip()) + "\n")
+
+    def tell(self, when: Any, kind: str, data: Any) -> None:
+        """A line for an event or an entry of the log; the answer and a login's URL follow it uncut."""
+        label, self.doing, place, names = _TOLD.get(kind, (_one_line(kind), "working", (), ()))
+        known = {**_within(data), **_within(data, *place)}
+        facts = [known.get(name) for name in names] if known and kind in _TOLD else [data]
+        self.line(when, "failed" if known.get("is_error") is True else label, *facts)
+        if kind == "agent":
+            self.whole(known.get("text"))
+        elif kind == "auth_event" and known.get("type") == "login_required":
+            self.whole(known.get("url"))
+
+    def whole(self, value: Any) -> None:
+        if value is not None:
+            self.write(_text(value) + "\n")
+
+
+def _put(value: Any) -> None:
+    """JSON for programs; ASCII alone, so that it can be encoded and steers no terminal."""
+    print(json.dumps(value).replace("\x7f", "\\u007f"), flush=True)
+
+
+def _complain(error: object, code: int) -> int:
+    try:
+        print("xtask:", _one_line(str(error) or repr(error)), file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody is there to read it
+    return code
+
+
+def _follow(task: Task, as_json: bool) -> int:
+    """Show a task's events to its end, which alone is shown of a task without a stream."""
+    from contextlib import closing
+
+    done = None
+    with _Screen(None if as_json else task) as screen:
+        if not as_json:
+            screen.write(f"{_clock(task.created_at)}  task       {task.id}\n")  # whole: to watch it again
+        if task.events_streaming:
+            with closing(task.events()) as events:
+                for event in events:
+                    done = _show_event(screen, event, task, as_json)
+        # A large task comes trimmed in its last event.
+        if not (isinstance(done, Task) and done.is_finished and done.result is not None):
+            done = task.wait_finished()
+            if as_json and not task.events_streaming:
+                ids = {"task_id": done.id, "organization_id": done.organization_id}
+                _put({"type": "task_finished", **ids, "time": _local_time(), "data": done.to_dict()})
+    if not as_json:
+        screen.line(done.finished_at, _one_line(done.status), "after " + _span(done, done.finished_at))
+        screen.write("\n")
+        screen.whole(done.result)
+    return 0 if done.status == "completed" else _complain(f"the task ended as {done.status}", 1)
+
+
+def _show_event(screen: _Screen, event: TaskUpdateEvent, task: Task, as_json: bool) -> Any:
+    """Show one event; returns its data."""
+    data, own = event.raw.get("data"), event.task_id == task.id
+    if as_json:
+        _put(event.raw)
+    elif event.type == "chunk" and own and isinstance(data, str):
+        screen.doing = "answering"
+        screen.write(data)
+    elif event.type != "connected" and not (event.type == "task_finished" and own):
+        screen.tell(event.time, str(event.type), data)
+    return event.data
+
+
+def _show(told: Union[Task, TasksListItem, AgentActivityThread], as_json: bool) -> None:
+    if as_json:
+        _put(told.to_dict())
+    elif isinstance(told, AgentActivityThread):
+        _show_log(told)
+    elif isinstance(told, TasksListItem):
+        facts = _clock(told.created_at, "%Y-%m-%d %H:%M"), told.status or "", told.id, told.title or ""
+        _Screen().write(_cut("{:<16}  {:<10}  {}  {}".format(*map(_one_line, facts)).rstrip()) + "\n")
+    else:
+        for name, value in _mask(told.to_dict()).items():
+            if name != "result" and value not in (None, False, "", [], {}):
+                _Screen().write(_cut(f"{_one_line(name):<22} {_one_line(value)}") + "\n")
+        _Screen().whole(told.result)
+
+
+def _show_log(log: AgentActivityThread) -> None:
+    kinds = {
+        AgentActivityThreadToolCall: "tool_call_result",
+        AgentActivityThreadSubAgentTrigger: "sub_agent_trigger",
+        AgentActivityThreadAuth: "auth_event",
+    }
+    for entry in log.messages if isinstance(log.messages, list) else []:
+        kind = kinds.get(type(entry)) or getattr(entry, "role", None) or getattr(entry, "type", "other")
+        data = entry.to_dict() if hasattr(entry, "to_dict") else entry
+        _Screen().tell(getattr(entry, "created_at", None), str(kind), data)
+
+
+def _demo(as_json: bool) -> int:
+    with LocalPlatform() as platform:
+        prompt, configuration = "What can this file do?", platform.configuration
+        task = Task.create("demo-agent", prompt, configuration=configuration, events_streaming=True)
+        code = _follow(task, as_json)
+        if not as_json:
+            print("\nActivity log", flush=True)
+            _show_log(task.get_activity_log())
+    return code
+
+
+def _version() -> int:
+    import hashlib
+
+    source = globals()["__loader__"].get_data(__file__)  # a loader reads out of a zip file, too
+    print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}")
+    return 0
+
+
+def _run(argv: List[str]) -> int:
+    import getopt
+
+    try:
+        found, words = getopt.gnu_getopt(argv, "h", ["help", "version", "json", "file="])
+    except getopt.GetoptError as error:
+        raise ValueError(f"{error}; see xtask --help") from None
+    options, files = [name for name, _ in found], [value for name, value in found if name == "--file"]
+    if "--version" in options:
+        return _version()
+    if "-h" in options or "--help" in options:
+        print(_HELP)
+        return 0
+    command, given, as_json = words[0] if words else "", words[1:], "--json" in options
+    if len(given) != _WORDS.get(command) or files and command != "run":
+        raise ValueError(f"wrong usage: {' '.join(words) or 'no command'}; see xtask --help")
+    return _obey(command, given, files, as_json)
+
+
+def _obey(command: str, given: List[str], files: List[str], as_json: bool) -> int:
+    if command == "demo":
+        return _demo(as_json)
+    if command == "run":
+        return _follow(Task.create(given[0], given[1], files, events_streaming=True), as_json)
+    if command == "list":
+        for item in Task.list(given[0]):
+            _show(item, as_json)
+        return 0
+    task = Task.load(given[0])
+    if command == "watch":
+        return _follow(task, as_json)
+    if command == "stop":
+        task.stop()
+    _show(task.get_activity_log() if command == "log" else task, as_json)
+    return 0
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The terminal program, with the process's own arguments unless others are given: its exit code."""
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        code = 0  # the reader has all it wanted
+    except ModuleException as error:
+        unset = not error.answered and error.status_code in (400, 401)
+        code = _complain(error, 2 if unset else 1)
+    except (ValueError, OSError, RecursionError) as error:
+        code = _complain(error, 2 if isinstance(error, ValueError) else 1)
+    try:
+        print(end="", flush=True)
+    except OSError:  # the interpreter, too, would flush what is left, and complain
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
