@@ -544,7 +544,7 @@ def _default_base_url() -> str:
 
 
 # Neither "@" (a user name), nor "%" and "\\", which parsers of URLs read in two ways
-_HOST_AND_PORT = re.compile(r"[\w.~:\[\]-]+")
+_HOST_AND_PORT = re.compile(r"[^\s@%\\]+")
 
 
 def _clean_base_url(url: str) -> str:
@@ -1748,36 +1748,25 @@ class _Parser:
         self.last_id, self.retry = last_id, retry
         self._pending: List[bytes] = []  # joined once an event is whole: linear at any chunk size
         self._size = 0
-        self._ended_line = False  # the last byte was the end of a line
-        self._ended_cr = False  # ... a CR, so that an LF that follows belongs to it
+        self._ended_cr = False  # the last byte was a CR: an LF that follows belongs to it
         self._started = False
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
         """The events that this chunk completes."""
-        if b"\n" not in chunk and b"\r" not in chunk and not self._ended_cr:
-            if chunk:  # completes nothing; in a long event that is most chunks
-                self._ended_line = False
-                self._keep(chunk)
-            return ()
-        chunk = self._normal(chunk)
-        if b"\n\n" not in chunk and not (self._ended_line and chunk[:1] == b"\n"):
-            self._ended_line = chunk.endswith(b"\n") if chunk else self._ended_line
-            self._keep(chunk)
-            return ()
-        whole, _, rest = b"".join([*self._pending, chunk]).rpartition(b"\n\n")
-        self._pending, self._size = [], 0
-        self._ended_line = rest.endswith(b"\n")
-        self._keep(rest)
-        if not self._started:
-            self._started = True
-            whole = whole[3:] if whole.startswith(b"\xef\xbb\xbf") else whole
-        return self._events(whole)
-
-    def _keep(self, chunk: bytes) -> None:
-        self._pending.append(chunk)
-        self._size += len(chunk)
-        if self._size > _MAX_EVENT:
-            raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
+        events: Iterable[ServerSentEvent] = ()
+        if b"\n" in chunk or b"\r" in chunk or self._ended_cr:  # others complete nothing
+            chunk = self._normal(chunk)
+            blank = chunk[:1] == b"\n" and self._pending and self._pending[-1].endswith(b"\n")
+            if blank or b"\n\n" in chunk:
+                whole, _, chunk = b"".join([*self._pending, chunk]).rpartition(b"\n\n")
+                self._pending, self._size = [], 0
+                events = self._events(whole)
+        if chunk:
+            self._pending.append(chunk)
+            self._size += len(chunk)
+            if self._size > _MAX_EVENT:
+                raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
+        return events
 
     def _normal(self, chunk: bytes) -> bytes:
         """The chunk with LF for each end of a line, a CRLF over two chunks counted once."""
@@ -1789,6 +1778,9 @@ class _Parser:
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in chunk else chunk
 
     def _events(self, whole: bytes) -> Iterator[ServerSentEvent]:
+        if not self._started:
+            self._started = True
+            whole = whole[3:] if whole.startswith(b"\xef\xbb\xbf") else whole
         if len(whole) > _MAX_EVENT and max(map(len, whole.split(b"\n\n"))) > _MAX_EVENT:
             raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
         for block in whole.decode("utf-8", "replace").split("\n\n"):
