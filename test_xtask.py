@@ -6,17 +6,40 @@ library to test (the one cut at its line, say); the local platform always comes 
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import base64
 import contextlib
+import copy
+import dataclasses
+import gc
+import hashlib
 import importlib.util
+import inspect
 import json
+import logging
 import os
+import pickle
 import queue
+import random
+import re
+import select
+import shutil
+import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import traceback
+import types
+import typing
+import unicodedata
+import warnings
+import zipfile
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -87,7 +110,7 @@ class RawServer:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"http{'s' if context else ''}://127.0.0.1:{self.port}"
-        self.config = configuration(self.url)
+        self.config = configuration(self.url, timeout=10)
         self.threads = [threading.Thread(target=self.accept, daemon=True)]
         self.threads[0].start()
 
@@ -173,7 +196,8 @@ class RawConnection:
 
     def event(self, type, data=None, task_id="t-1", id=None):
         head = f"id: {id}\n" if id is not None else ""
-        envelope = {"type": type, "task_id": task_id, "organization_id": ORG, "time": "2026-03-02T09:15:01Z", "data": data}
+        envelope = {"type": type, "task_id": task_id, "organization_id": ORG, "time": "2026-03-02T09:15:01Z"}
+        envelope["data"] = data
         self.send(f"{head}data: {json.dumps(envelope)}\n\n")
 
     def wait_closed(self):
@@ -192,7 +216,8 @@ class RawConnection:
 def task_dict(**changes):
     """A task as a server tells it, with the fields that every task has and those given."""
     return {"id": "t-1", "agent_id": "a-1", "organization_id": ORG, "input": {"text": "Hi", "files": []},
-            "created_at": "2025-11-06T06:41:54.048626Z", "status": "executing", "events_streaming": True, **changes}
+            "created_at": "2025-11-06T06:41:54.048626Z", "status": "executing",
+            "events_streaming": True, **changes}
 
 
 def make_task(config, **changes):
@@ -206,24 +231,14 @@ def run_python(code, *arguments, python=sys.executable, **options):
     environment.update(options.pop("env", {}))
     return subprocess.run([python, *options.pop("flags", ()), "-c", code, *arguments], env=environment,
                           capture_output=True, text=True, timeout=30, **options)
-# imports: ast, copy, dataclasses, inspect, pickle, random, re, typing, zipfile, datetime
-import ast
-import copy
-import dataclasses
-import inspect
-import pickle
-import random
-import re
-import typing
-import zipfile
-from datetime import datetime, timedelta, timezone
+
 
 # ---------------------------------------------------------------------------
 # Form
 # ---------------------------------------------------------------------------
 
 LIBRARY = Path(UNDER_TEST or FILE)
-faces = pytest.mark.parametrize("face", ["sync", "async"])
+both_faces = pytest.mark.parametrize("face", ["sync", "async"])
 
 PUBLIC = """
 AgentActivityThread AgentActivityThreadAuth AgentActivityThreadMessage AgentActivityThreadMessageContent
@@ -277,6 +292,11 @@ def answering(*answers):
                 connection.answer(*answer)
 
     return RawServer(script)
+
+
+def numbered(names):
+    """Ids of a table whose rows have no name of their own."""
+    return [f"{number}-{name}" for number, name in enumerate(names)]
 
 
 def alone(folder):
@@ -391,9 +411,10 @@ def test_the_public_names_are_those_of_the_contract_and_all_others_are_private()
 
 def bound_names(tree):
     """The names that a module's own statements define, imports aside."""
-    targets = [target for node in tree.body for target in getattr(node, "targets", [getattr(node, "target", None)])]
+    targets = [target for node in tree.body for target in getattr(node, "targets", [])]
+    targets += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
     return {node.name for node in tree.body if hasattr(node, "name")} | {
-        node.id for target in targets if target for node in ast.walk(target) if isinstance(node, ast.Name)}
+        node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
 def cut():
@@ -407,7 +428,7 @@ def cut():
 def test_nothing_above_the_line_names_anything_below_it():
     above, below = cut()
     used = {node.id for node in ast.walk(ast.parse(above)) if isinstance(node, ast.Name)}
-    own = bound_names(ast.parse(below)) - {"__all__"}
+    own = bound_names(ast.parse(below))
     assert {"LocalPlatform", "main"} <= own and not own & used
     assert not re.search(r"\bLocalPlatform\b|\bargparse\b|http\.server", above)
 
@@ -423,13 +444,12 @@ def test_no_private_attribute_of_the_standard_library_is_used_nor_the_file_impor
             while isinstance(root, ast.Attribute):
                 root = root.value
             assert not (isinstance(root, ast.Name) and root.id in names), ast.dump(node)
-    for node in imports:
-        assert not any(alias.name.split(".")[-1].startswith("_") for alias in node.names if alias.name != "annotations")
+    assert not [name for name in names if name.startswith("_")]
 
 
 TWINS = {
-    xtask.Task: "load create list save set_status stop reload wait_finished events get_activity_log get_files "
-                "get_images get_human_readable_files to_message",
+    xtask.Task: "load create list save set_status stop reload wait_finished events get_activity_log "
+                "get_files get_images get_human_readable_files to_message",
     xtask.TasksListItem: "load",
 }
 
@@ -525,10 +545,12 @@ CALLED = json.loads("""
 "tool_name": "web-search", "payload": {"body_params": {"q": "Q3 sales — EMEA"}}, "reasoning": {"title":
 "Look up the market", "description": "The file lacks the region"}, "plan_task_id": "p1"}""")
 THOUGHT = {"title": "Plan", "confidence": 0.8, "thought": "Two files, one table.", "action": "Search first"}
-LOGIN = {"url": "https://login.example.com/x", "server_url": "https://mcp.example.com", "server_name": "weather"}
+LOGIN_DATA = {"url": "https://login.example.com/x", "server_url": "https://mcp.example.com",
+              "server_name": "weather"}
 ASKED = {"agent_id": "b1", "query": "Check the currency", "files": [],
          "reasoning": {"title": "Currency", "description": None}}
-FINISHED = {"status": "completed", "finished_at": "2026-03-02T09:15:53Z", "result": '{"summary": "Sales rose by 12 %."}'}
+FINISH_SAMPLE = {"status": "completed", "finished_at": "2026-03-02T09:15:53Z",
+                 "result": '{"summary": "Sales rose by 12 %."}'}
 EVENTS_SAMPLE = [  # second, type, data
     (1, "connected", {}),
     (1, "task_created", {**NEWER_TASK_SAMPLE, "status": "pending"}),
@@ -538,11 +560,11 @@ EVENTS_SAMPLE = [  # second, type, data
     (4, "tool_call_request", CALLED),
     (6, "tool_call_result", {**CALLED, "result": {"hits": 3}, "is_error": False}),
     (7, "sub_agent_trigger", ASKED),
-    (8, "auth_event", {"type": "login_required", "data": LOGIN}),
+    (8, "auth_event", {"type": "login_required", "data": LOGIN_DATA}),
     (9, "chunk", "Sales rose "),
     (9, "chunk", "by 12\u00a0%.\u2028Details follow."),
     (10, "live_surface_created", {"card_id": "c1", "title": "Chart"}),
-    (11, "task_finished", {**NEWER_TASK_SAMPLE, **FINISHED}),
+    (11, "task_finished", {**NEWER_TASK_SAMPLE, **FINISH_SAMPLE}),
 ]
 
 
@@ -605,8 +627,8 @@ def test_the_sample_of_an_activity_log_round_trips_and_comes_out_typed():
     thread = xtask.AgentActivityThread.from_dict(ACTIVITY_SAMPLE)
     assert as_json(thread.to_dict()) == as_json(ACTIVITY_SAMPLE)
     assert type(thread.user) is xtask.User and thread.created_at == utc(2026, 3, 2, 9, 15, 41, 900000)
-    kinds = "Message Reasoning ToolCall SubAgentTrigger Auth OtherEntry Reasoning Message".split()
-    assert [type(entry).__name__ for entry in thread.messages] == ["AgentActivityThread" + kind for kind in kinds]
+    kinds = "Message Reasoning ToolCall SubAgentTrigger Auth OtherEntry Reasoning Message"
+    assert " ".join(type(entry).__name__[19:] for entry in thread.messages) == kinds
     asked, thought, tool, agent, login, other, check, said = thread.messages
     assert all(type(entry.created_at) is datetime for entry in thread.messages)
     assert [entry.id for entry in thread.messages] == [f"a{number}" for number in range(1, 9)]
@@ -618,11 +640,11 @@ def test_the_sample_of_an_activity_log_round_trips_and_comes_out_typed():
         "web-search", {"q": "Q3 sales EMEA"}, {"hits": 3}, False)
     assert type(tool.reasoning) is xtask.ToolCallRequestReasoning and tool.reasoning.description is None
     assert (agent.query, agent.files, agent.reasoning.title) == ("Check the currency", [], "Currency")
-    assert (login.type, login.data) == ("login_required", LOGIN)
+    assert (login.type, login.data) == ("login_required", LOGIN_DATA)
     assert other.extra["action"] == "ask_user_questions" and other.extra["reasoning"] == "needs a period"
 
 
-@faces
+@both_faces
 def test_the_sample_stream_comes_through_typed_and_without_loss(face):
     def script(connection, number):
         connection.request()
@@ -693,7 +715,8 @@ def random_task(seed):
     task = {name: rng.choice(["1", "a b", "é"]) for name in ("id", "agent_id", "organization_id")}
     task["created_at"], times["created_at"] = random_time(rng)
     user = {"email": "a@example.com", "timezone": "UTC", "additional_attributes": random_value(rng), "new": 1}
-    task["input"] = {"text": rng.choice([None, *TEXTS]), "files": rng.choice([None, [], ["https://e.com/a.txt"]]),
+    task["input"] = {"text": rng.choice([None, *TEXTS]),
+                     "files": rng.choice([None, [], ["https://e.com/a.txt"]]),
                      "user": rng.choice([None, user]), "attachments": random_value(rng), "principal": None}
     for name in rng.sample(sorted(task["input"]), rng.randrange(3)):
         del task["input"][name]
@@ -705,7 +728,7 @@ def random_task(seed):
         **{name: rng.random() < 0.5 for name in BOOLEANS},
         **{name: rng.sample(TEXTS, rng.randrange(3)) for name in LISTS},
         **{name: {"a": random_value(rng)} for name in OBJECTS},
-        **{name: random_value(rng) for name in ("deep_planning", "tokens", "duration", "extra", "raw", "load")},
+        **{name: random_value(rng) for name in "deep_planning tokens duration extra raw load".split()},
     }
     for name in TIMES:
         optional[name], times[name] = random_time(rng)
@@ -726,7 +749,8 @@ def test_a_random_task_comes_out_typed_and_goes_back_without_loss(seed):
     before = as_json(payload)
     task = xtask.Task.from_dict(payload)
     assert as_json(task.to_dict()) == before == as_json(payload)
-    assert as_json(copy.deepcopy(task).to_dict()) == as_json(pickle.loads(pickle.dumps(task)).to_dict()) == before
+    for twin in (copy.deepcopy(task), pickle.loads(pickle.dumps(task))):
+        assert as_json(twin.to_dict()) == before
     for name in ("created_at", *TIMES):
         moment = getattr(task, name)
         assert moment == times[name] and (moment is None or moment.tzinfo), name
@@ -771,7 +795,7 @@ def test_a_random_activity_log_and_a_random_event_go_back_without_loss(seed):
     log = {"id": "t", "created_at": random_time(rng)[0], "messages": entries, "user": None, "pages": 2}
     assert as_json(xtask.AgentActivityThread.from_dict(log).to_dict()) == as_json(log)
     for envelope in sample_envelopes():
-        envelope = {**envelope, "data": random_value(rng), "time": random_time(rng)[0], "version": 2, "extra": 1}
+        envelope.update(data=random_value(rng), time=random_time(rng)[0], version=2, extra=1)
         event = xtask.TaskUpdateEvent.from_dict(envelope)
         assert event.extra == {"version": 2, "extra": 1} and "version" not in repr(event)
         if not isinstance(event.data, xtask.Task):  # a trimmed one is filled up: the raw one is not
@@ -780,7 +804,7 @@ def test_a_random_activity_log_and_a_random_event_go_back_without_loss(seed):
 
 
 MESSAGE = {"role": "user", "content": {"text": "Hi", "files": None}}
-KINDS = [  # the entry's own keys, and the kind that they tell: the first match, if it fits
+ENTRY_KINDS = [  # the entry's own keys, and the kind that they tell: the first match, if it fits
     ({**MESSAGE, "tool_name": "x"}, "Message"),
     ({**MESSAGE, "role": "system"}, "OtherEntry"),
     ({**MESSAGE, "content": "Hi"}, "OtherEntry"),
@@ -794,7 +818,10 @@ KINDS = [  # the entry's own keys, and the kind that they tell: the first match,
     ({"type": "ponder", "title": "x"}, "OtherEntry"),
     ({"query": "x", "type": "login_required", "data": {}}, "SubAgentTrigger"),
     ({"query": ["x"]}, "OtherEntry"),
-    *[({"type": kind, "data": {}}, "Auth") for kind in "not_supported login_required token_issue token_ready".split()],
+    ({"type": "not_supported", "data": {}}, "Auth"),
+    ({"type": "login_required", "data": {}}, "Auth"),
+    ({"type": "token_issue", "data": None}, "Auth"),
+    ({"type": "token_ready", "data": {"access_token": "x"}}, "Auth"),
     ({"type": "token_lost", "data": {}}, "OtherEntry"),
     ({"type": ["think"], "data": {}}, "OtherEntry"),
     ({"agent_id": "gw", "action": "ask"}, "OtherEntry"),
@@ -802,7 +829,7 @@ KINDS = [  # the entry's own keys, and the kind that they tell: the first match,
 ]
 
 
-@pytest.mark.parametrize("entry, kind", KINDS, ids=[f"{number}-{kind}" for number, (_, kind) in enumerate(KINDS)])
+@pytest.mark.parametrize("entry, kind", ENTRY_KINDS, ids=numbered(row[1] for row in ENTRY_KINDS))
 def test_the_keys_of_an_entry_tell_its_kind_and_nothing_of_it_is_lost(entry, kind):
     entry = {"id": "a1", "created_at": "2026-03-02T09:15:48Z", **entry, "new": {"deep": [1]}}
     log = {"id": "t", "created_at": "2026-03-02T09:15:41Z", "messages": [entry]}
@@ -867,8 +894,8 @@ def test_an_enum_is_text_and_takes_a_value_outside_it(name):
     enum = getattr(xtask, name)
     members = dict(pair.split("=") for pair in ENUMS[name].split())
     assert {member.name: member.value for member in enum} == members
-    newer = enum("newer-than-this")
-    for member, value in [*((getattr(enum, key), value) for key, value in members.items()), (newer, "newer-than-this")]:
+    newer, values = enum("newer-than-this"), [*members.values(), "newer-than-this"]
+    for member, value in zip([*(getattr(enum, key) for key in members), newer], values):
         assert isinstance(member, str) and member == value == member.value and hash(member) == hash(value)
         assert f"{member} {member:>20}" == f"{value} {value:>20}" and str(member) == "%s" % member == value
         assert json.dumps(member) == json.dumps(value)
@@ -887,19 +914,30 @@ def test_error_failed_completed_and_stopped_are_final(status):
     assert xtask.AgentExecutionStatus(status).is_final is final
 
 
-FINISH = [  # status, finished_at, whether the task is finished
+FINISHED_OR_NOT = [  # status, finished_at, whether the task is finished
     ("completed", None, True), ("stopped", None, True), ("executing", "2026-03-02T09:15:41Z", False),
     ("cancelled", None, False), ("cancelled", "2026-03-02T09:15:41Z", True), ("queued", None, False),
     (None, None, False),
 ]
 
 
-@pytest.mark.parametrize("status, finished_at, finished", FINISH)
+@pytest.mark.parametrize("status, finished_at, finished", FINISHED_OR_NOT)
 def test_a_task_is_finished_by_its_status_or_outside_the_enum_by_its_date(status, finished_at, finished):
     task = xtask.Task.from_dict(task_dict(status=status, finished_at=finished_at))
     assert task.is_finished is finished
     task.status = "failed"  # a plain string, as a script may set it
     assert task.is_finished
+
+
+def test_what_a_server_leaves_out_is_false_an_empty_list_or_none():
+    task = xtask.Task.from_dict({"id": "t-1", "input": {}})
+    assert all(getattr(task, name) is False for name in BOOLEANS)
+    assert all(getattr(task, name) == [] for name in (*LISTS, "mcp_servers"))
+    others = (*STRINGS, *TIMES, *OBJECTS, "status", "output_format", "agent_id")
+    assert all(getattr(task, name) is None for name in others)
+    task.sub_executions.append("x")
+    assert task.to_dict()["sub_executions"] == ["x"]
+    assert xtask.Task.from_dict({"id": "t-1"}).sub_executions == []
 
 
 def test_a_task_shares_nothing_with_the_object_it_was_made_from():
@@ -973,23 +1011,23 @@ def test_the_repr_of_a_task_is_one_short_line_of_id_status_and_title():
 
 
 SECRETS = [
-    ("an access token", {"type": "auth_event", "data": {"type": "token_ready", "data": {"access_token": "s3cret"}}}),
-    ("a file's query", {"type": "task_updated", "data": task_dict(input={"files": ["https://e.com/a?sig=s3cret"]})}),
-    ("tokens of a user", {"type": "chunk", "data": {"user_tokens": {"a": "s3cret"}, "user_oidc_token": "s3cret"}}),
-    ("a URL in a text", {"type": "chunk", "data": "see https://e.com/a?sig=s3cret"}),
+    ("an access token", "auth_event", {"type": "token_ready", "data": {"access_token": "s3cret"}}),
+    ("a file's query", "task_updated", task_dict(input={"files": ["https://e.com/a?sig=s3cret"]})),
+    ("tokens of a user", "chunk", {"user_tokens": {"a": "s3cret"}, "user_oidc_token": "s3cret"}),
+    ("a URL in a text", "chunk", "see https://e.com/a?sig=s3cret"),
 ]
 
 
-@pytest.mark.parametrize("envelope", [envelope for _, envelope in SECRETS], ids=[name for name, _ in SECRETS])
-def test_no_repr_shows(envelope):
-    event = xtask.TaskUpdateEvent.from_dict(envelope)
+@pytest.mark.parametrize("kind, data", [row[1:] for row in SECRETS], ids=[row[0] for row in SECRETS])
+def test_no_repr_shows(kind, data):
+    event = xtask.TaskUpdateEvent.from_dict({"type": kind, "data": data})
     data = event.data.input if isinstance(event.data, xtask.Task) else event.data
     assert "s3cret" not in repr(event) and (isinstance(data, (dict, str)) or "s3cret" not in repr(data))
     assert "s3cret" in json.dumps(event.raw)  # which carries what the platform sent
 
 
 def test_the_repr_of_an_activity_entry_hides_tokens():
-    entry = {"id": "a", "created_at": "2026-03-02T09:15:41Z", "type": "token_ready", "data": {"access_token": "s3cret"}}
+    entry = {"id": "a", "created_at": "x", "type": "token_ready", "data": {"access_token": "s3cret"}}
     thread = xtask.AgentActivityThread.from_dict({"id": "t", "created_at": None, "messages": [entry]})
     assert "s3cret" not in repr(thread) + repr(thread.messages) and "token_ready" in repr(thread)
 
@@ -1050,11 +1088,13 @@ STREAMS = [
     ("a second BOM is part of the name", b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", [B]),
     ("a later BOM is not stripped", b"data: a\n\n\xef\xbb\xbfdata: x\n\ndata: b\n\n", [A, B]),
     ("a BOM after a blank line is a later one", b"\n\n\xef\xbb\xbfdata: x\n\ndata: b\n\n", [B]),
+    ("a BOM after the end of a line is a later one", b"\n\xef\xbb\xbfdata: x\n\ndata: b\n\n", [B]),
     ("a BOM in a value stays", b"data: \xef\xbb\xbfa\n\n", [message("\ufeffa")]),
     ("half a BOM is bad UTF-8", b"\xef\xbbdata: x\n\ndata: b\n\n", [B]),
     ("UTF-8 always", "data: é€\U0001f600\n\n".encode(), [message("é€\U0001f600")]),
     ("a bad byte is replaced", b"data: a\xffb\n\n", [message("a\ufffdb")]),
-    ("a cut character is replaced once", b"data: \xf0\x9f\x98\ndata: \xe2\x82\n\n", [message("\ufffd\n\ufffd")]),
+    ("a cut character is replaced once", b"data: \xf0\x9f\x98\ndata: \xe2\x82\n\n",
+     [message("\ufffd\n\ufffd")]),
     ("overlong forms are replaced", b"data: \xc0\xafa\n\n", [message("\ufffd\ufffda")]),
     ("a surrogate is replaced", b"data: \xed\xa0\x80\n\n", [message("\ufffd\ufffd\ufffd")]),
     ("Latin-1 is bad UTF-8, and no field is lost", b"data: caf\xe9\ndata: b\n\n", [message("caf\ufffd\nb")]),
@@ -1080,7 +1120,8 @@ STREAMS = [
     ("data lines are joined with LF", b"data: a\ndata:\ndata: b\ndata\n\n", [message("a\n\nb\n")]),
     ("the last LF of the data is stripped once", b"data: a\ndata:\ndata:\n\n", [message("a\n\n")]),
     ("an empty data line is dispatched", b"data:\n\n", [message("")]),
-    ("without a data line nothing is dispatched", b"event: x\nid: 7\nretry: 9\n\ndata: a\n\n", [message("a", "7", 9)]),
+    ("without a data line nothing is dispatched", b"event: x\nid: 7\nretry: 9\n\ndata: a\n\n",
+     [message("a", "7", 9)]),
     ("an unfinished event at the end is dropped", b"data: a\n\ndata: b\n", [A]),
     ("an unfinished line at the end is dropped", b"data: a\n\ndata: b", [A]),
     ("an empty stream has no events", b"", []),
@@ -1089,7 +1130,8 @@ STREAMS = [
     ("the name counts after the data, too", b"data: a\nevent: x\n\n", [message("a", event="x")]),
     ("the last name counts", b"event: x\nevent: y\ndata: a\n\n", [message("a", event="y")]),
     ("an empty name is message", b"event: x\nevent:\ndata: a\n\n", [A]),
-    ("the name is forgotten after an event", b"event: x\ndata: a\n\ndata: b\n\n", [message("a", event="x"), B]),
+    ("the name is forgotten after an event", b"event: x\ndata: a\n\ndata: b\n\n",
+     [message("a", event="x"), B]),
     ("the name is forgotten after an empty event", b"event: x\n\ndata: b\n\n", [B]),
     # id
     ("the id is kept over events", b"id: 1\ndata: a\n\ndata: b\n\n", [message("a", "1"), message("b", "1")]),
@@ -1097,10 +1139,12 @@ STREAMS = [
     ("the last id counts", b"id: 1\ndata: a\nid: 2\n\n", [message("a", "2")]),
     ("an empty id resets it", b"id: 1\ndata: a\n\nid:\ndata: b\n\n", [message("a", "1"), B]),
     ("an id without a colon resets it", b"id: 1\ndata: a\n\nid\ndata: b\n\n", [message("a", "1"), B]),
-    ("an id with NUL is ignored", b"id: 1\ndata: a\n\nid: 2\0\ndata: b\n\n", [message("a", "1"), message("b", "1")]),
+    ("an id with NUL is ignored", b"id: 1\ndata: a\n\nid: 2\0\ndata: b\n\n",
+     [message("a", "1"), message("b", "1")]),
     ("one space of an id is stripped", b"id:  1 \ndata: a\n\n", [message("a", " 1 ")]),
     # retry
-    ("retry is a number", b"retry: 1500\ndata: a\n\ndata: b\n\n", [message("a", "", 1500), message("b", "", 1500)]),
+    ("retry is a number", b"retry: 1500\ndata: a\n\ndata: b\n\n",
+     [message("a", "", 1500), message("b", "", 1500)]),
     ("retry may be zero and have leading ones", b"retry: 0\ndata: a\n\nretry: 007\ndata: b\n\n",
      [message("a", "", 0), message("b", "", 7)]),
     ("the last retry counts", b"retry: 1\nretry: 2\ndata: a\n\n", [message("a", "", 2)]),
@@ -1108,9 +1152,11 @@ STREAMS = [
      b"retry: 5\nretry: +1\nretry: -1\nretry: 1.5\nretry: 1e3\nretry: 0x1\nretry: 1_0\nretry: 1 \nretry:  1\n"
      b"retry: x\ndata: a\n\n", [message("a", "", 5)]),
     ("an empty retry is ignored", b"retry: 5\nretry:\nretry\ndata: a\n\n", [message("a", "", 5)]),
-    ("retry of other digits is ignored", "retry: 5\nretry: ١\nretry: ²\ndata: a\n\n".encode(), [message("a", "", 5)]),
+    ("retry of other digits is ignored", "retry: 5\nretry: ١\nretry: ²\ndata: a\n\n".encode(),
+     [message("a", "", 5)]),
 ]
-rules = pytest.mark.parametrize("stream, events", [case[1:] for case in STREAMS], ids=[case[0] for case in STREAMS])
+rules = pytest.mark.parametrize(
+    "stream, events", [row[1:] for row in STREAMS], ids=[row[0] for row in STREAMS])
 
 
 @rules
@@ -1201,8 +1247,8 @@ def test_a_byte_a_chunk_takes_steps_in_proportion_to_the_bytes(shape):
 
         def profile(frame, kind, argument):
             nonlocal count
-            owner = getattr(argument, "__self__", None)
-            count += 1 + (len(owner) if kind == "c_call" and isinstance(owner, (bytes, bytearray, str)) else 0)
+            owner = getattr(argument, "__self__", None) if kind == "c_call" else None
+            count += 1 + (len(owner) if isinstance(owner, (bytes, bytearray, str)) else 0)
 
         chunks = [stream[n : n + 1] for n in range(len(stream))]
         before = sys.getprofile()
@@ -1218,16 +1264,17 @@ def test_a_byte_a_chunk_takes_steps_in_proportion_to_the_bytes(shape):
     assert many < 5 * few and many < 60 * 16_000
 
 
-MIB = 2**20
-LIMIT = 16 * MIB
+MEBI = 2**20
+LIMIT = 16 * MEBI
 
 
 def pieces_of(stream, size):
     return (stream[n : n + size] for n in range(0, len(stream), size))
 
 
-@pytest.mark.parametrize("size", [64 * 1024, 64 * MIB], ids=["64 KiB a chunk", "one chunk"])
-@pytest.mark.parametrize("part", [b"data: " + b"x" * 994, b": " + b"x" * 998, "data: ".encode() + "é".encode() * 497])
+@pytest.mark.parametrize("size", [64 * 1024, 64 * MEBI], ids=["64 KiB a chunk", "one chunk"])
+@pytest.mark.parametrize("part", [b"data: " + b"x" * 994, b": " + b"x" * 998, b"data: " + b"\xc3\xa9" * 497],
+                         ids=["data", "comment", "é"])
 def test_an_event_may_be_16_mib_with_every_byte_counted(part, size):
     line = part + b"\n"
     fits, bursts = line * (LIMIT // len(line) - 1), line * (LIMIT // len(line) + 1)
@@ -1238,13 +1285,13 @@ def test_an_event_may_be_16_mib_with_every_byte_counted(part, size):
 
 
 def test_bad_bytes_count_once_however_they_are_replaced():
-    line = b"data: " + b"\xff" * 9 * MIB + b"\n\n"
-    assert [len(event.data) for event in xtask.iter_sse([line + line])] == [9 * MIB, 9 * MIB]
+    line = b"data: " + b"\xff" * 9 * MEBI + b"\n\n"
+    assert [len(event.data) for event in xtask.iter_sse([line + line])] == [9 * MEBI, 9 * MEBI]
 
 
 def test_many_events_in_one_chunk_may_be_more_than_16_mib():
-    stream = (b"data: " + b"x" * MIB + b"\n\n") * 20
-    assert [len(event.data) for event in xtask.iter_sse([stream])] == [MIB] * 20
+    stream = (b"data: " + b"x" * MEBI + b"\n\n") * 20
+    assert [len(event.data) for event in xtask.iter_sse([stream])] == [MEBI] * 20
 
 
 def test_an_event_that_never_ends_is_given_up_after_16_mib():
@@ -1265,7 +1312,7 @@ def test_an_event_that_never_ends_is_given_up_after_16_mib():
 # ---------------------------------------------------------------------------
 
 LOG = {"id": "t-1", "created_at": "2026-03-02T09:15:41Z", "messages": [], "user": None}
-ITEM = {"id": "t-9", "agent_id": "a-1", "organization_id": ORG, "status": "completed", "title": "Sums", "new": 1}
+ITEM = {"id": "t-9", "agent_id": "a-1", "organization_id": ORG, "status": "completed", "new": 1}
 FILES = ["/a.txt", "/b.pdf", "/c.PNG"]
 
 
@@ -1286,7 +1333,8 @@ def play(connection, number):
             connection.answer(200, task_dict(status="stopped"))
         elif path.endswith("/events"):
             connection.start_stream()
-            connection.event("task_finished", task_dict(status="completed"), path.split("/")[-2].replace("%2F", "/"))
+            of = "t/1" if "%2F" in path else "t-1"
+            connection.event("task_finished", task_dict(status="completed"), of)
             return
         else:
             connection.answer(200, {**task_dict(), **(json.loads(body) if method == "PATCH" else {})})
@@ -1297,7 +1345,8 @@ HISTORY, NEW = "/agent-execution/executions/history/a-1", "/agent-execution/a-1"
 HI = {"text": "Hi"}
 ROUTES = [  # owner, call, arguments, options, the requests that arrive: method, path, JSON body
     ("class", "load", ("t-1",), {}, [STATUS]),
-    ("class", "load", ("a/b?c#d é%2F",), {}, [("GET", "/agent-execution/a%2Fb%3Fc%23d%20%C3%A9%252F/status", None)]),
+    ("class", "load", ("a/b?c#d é%2F",), {},
+     [("GET", "/agent-execution/a%2Fb%3Fc%23d%20%C3%A9%252F/status", None)]),
     ("class", "create", ("a-1", "Hi"), {}, [("POST", NEW, {"input": HI})]),
     ("class", "create", ("a/1", "Hi"), {}, [("POST", "/agent-execution/a%2F1", {"input": HI})]),
     ("class", "create", ("a-1", "Hi", ["https://e.com/a"]), {},
@@ -1314,7 +1363,8 @@ ROUTES = [  # owner, call, arguments, options, the requests that arrive: method,
     ("class", "create", ("a-1", "Hi"), {"user": xtask.User(email="a@e.com", first_name="Ada")},
      [("POST", NEW, {"input": {"text": "Hi", "user": {"email": "a@e.com", "first_name": "Ada"}}})]),
     ("class", "list", ("a-1",), {}, [("GET", HISTORY, None)]),
-    ("class", "list", ("a 1",), {"user_id": "u&1", "status": xtask.AgentExecutionStatus.Error, "internal_status": None},
+    ("class", "list", ("a 1",),
+     {"user_id": "u&1", "status": xtask.AgentExecutionStatus.Error, "internal_status": None},
      [("GET", "/agent-execution/executions/history/a%201?user_id=u%261&status=error", None)]),
     ("class", "list", ("a-1",), {"parent_task_id": "p", "triggering_agent_id": "g", "internal_status": "x"},
      [("GET", HISTORY + "?parent_task_id=p&triggering_agent_id=g&internal_status=x", None)]),
@@ -1340,7 +1390,7 @@ ANSWERS = {  # what a call returns, beside the calls that return a task
     "get_files": lambda got: [url[-6:] for url in got] == ["/b.pdf"],
     "get_images": lambda got: [url[-6:] for url in got] == ["/c.PNG"],
     "get_human_readable_files": lambda got: [file["content"] for file in got] == ["content of /a.txt"],
-    "to_message": lambda got: got.startswith("Hi\nFiles: http") and got.endswith('"content": "content of /a.txt"}'),
+    "to_message": lambda got: got.startswith("Hi\nFiles: http") and got.endswith('"content of /a.txt"}'),
 }
 
 
@@ -1348,7 +1398,7 @@ def arrived(server):
     return [(method, path, json.loads(body) if body else None) for method, path, _, body in server.requests]
 
 
-@faces
+@both_faces
 @pytest.mark.parametrize("owner, name, arguments, options, requests", ROUTES,
                          ids=[f"{number}-{route[1]}" for number, route in enumerate(ROUTES)])
 def test_what_arrives_of_a_call_and_its_twin(owner, name, arguments, options, requests, face, monkeypatch):
@@ -1371,7 +1421,7 @@ def test_what_arrives_of_a_call_and_its_twin(owner, name, arguments, options, re
         config.close()
     assert arrived(server) == requests
     assert ANSWERS.get(name, lambda got: type(got) is xtask.Task and got.configuration is config)(got)
-    for method, path, headers, body in server.requests:
+    for _, path, headers, body in server.requests:
         assert headers["host"] == f"127.0.0.1:{server.port}" and "x-agent-version" not in headers
         assert headers["user-agent"] == f"xtask/{xtask.__version__}"
         assert headers.get("x-api-key") == (None if path in FILES else KEY)
@@ -1379,7 +1429,7 @@ def test_what_arrives_of_a_call_and_its_twin(owner, name, arguments, options, re
         assert headers.get("content-type") == ("application/json" if body else None)
 
 
-@faces
+@both_faces
 def test_an_agents_version_goes_into_its_header(face):
     with RawServer(play) as server:
         call(face, xtask.Task, "create", "a-1", "Hi", configuration=server.config, agent_version=3)
@@ -1388,7 +1438,7 @@ def test_an_agents_version_goes_into_its_header(face):
 
 
 @pytest.mark.parametrize("organization", [None, "org/2"])
-@faces
+@both_faces
 def test_events_are_asked_for_under_the_events_root(face, organization):
     with RawServer(play) as server, xtask.Configuration(KEY, organization, server.url) as config:
         task = make_task(config, id="t/1")
@@ -1417,26 +1467,22 @@ ROOTS = [
     (None, "https://inbound.xpander.ai", f"https://{CLOUD}/org-1"),
     ("https://inbound.xpander.ai/", "https://inbound.xpander.ai", f"https://{CLOUD}/org-1"),
     ("inbound.stg.xpander.ai", "https://inbound.stg.xpander.ai", f"https://{STAGING}/org-1"),
-    ("https://agent-controller.my.com", "https://agent-controller.my.com/org-1", "https://agent-controller.my.com/org-1"),
-    ("https://my-agent-controller-2.com", "https://my-agent-controller-2.com/org-1",
-     "https://my-agent-controller-2.com/org-1"),
-    ("http://10.0.0.1:9016", "http://10.0.0.1:9016/org-1", "http://10.0.0.1:9016/org-1"),
-    ("https://my.com/agent-controller/", "https://my.com/agent-controller/org-1", "https://my.com/agent-controller/org-1"),
-    ("https://my.com/agent-controller/v2", "https://my.com/agent-controller/v2/org-1",
-     "https://my.com/agent-controller/v2/org-1"),
-    ("https://my.com/api/agent-controller", "https://my.com/api/agent-controller", "https://my.com/api/agent-controller/org-1"),
-    ("https://my.com/agent-controllers", "https://my.com/agent-controllers", "https://my.com/agent-controllers/org-1"),
-    ("https://my.com/x9016", "https://my.com/x9016", "https://my.com/x9016/org-1"),
+    ("https://agent-controller.my.com", "https://agent-controller.my.com/org-1", "the same"),
+    ("https://my-agent-controller-2.com", "https://my-agent-controller-2.com/org-1", "the same"),
+    ("http://10.0.0.1:9016", "http://10.0.0.1:9016/org-1", "the same"),
+    ("https://my.com/agent-controller/", "https://my.com/agent-controller/org-1", "the same"),
+    ("https://my.com/agent-controller/v2", "https://my.com/agent-controller/v2/org-1", "the same"),
+    ("https://my.com/a/agent-controller", "https://my.com/a/agent-controller", "the same/org-1"),
+    ("https://my.com/agent-controllers", "https://my.com/agent-controllers", "the same/org-1"),
+    ("https://my.com/x9016", "https://my.com/x9016", "the same/org-1"),
     ("http://localhost:8085", "http://localhost:8085", "http://localhost:9016/org-1"),
     ("http://127.0.0.1:8085/", "http://127.0.0.1:8085", "http://localhost:9016/org-1"),
     ("http://[::1]:8085", "http://[::1]:8085", "http://localhost:9016/org-1"),
-    ("http://my.com:8085", "http://my.com:8085", "http://my.com:8085/org-1"),
-    ("http://localhost:8086", "http://localhost:8086", "http://localhost:8086/org-1"),
-    ("my.com:8000/base//", "https://my.com:8000/base", "https://my.com:8000/base/org-1"),
-    ("https://evil.com/inbound.xpander.ai", "https://evil.com/inbound.xpander.ai",
-     "https://evil.com/inbound.xpander.ai/org-1"),
-    ("https://inbound.xpander.ai.evil.com", "https://inbound.xpander.ai.evil.com",
-     "https://inbound.xpander.ai.evil.com/org-1"),
+    ("http://my.com:8085", "http://my.com:8085", "the same/org-1"),
+    ("http://localhost:8086", "http://localhost:8086", "the same/org-1"),
+    ("my.com:8000/base//", "https://my.com:8000/base", "the same/org-1"),
+    ("https://evil.com/inbound.xpander.ai", "https://evil.com/inbound.xpander.ai", "the same/org-1"),
+    ("https://inbound.xpander.ai.evil.com", "https://inbound.xpander.ai.evil.com", "the same/org-1"),
 ]
 
 
@@ -1444,6 +1490,7 @@ ROOTS = [
 def test_the_roots_of_the_api_and_of_the_events(base_url, api, events):
     config = configuration(base_url)
     assert config._api_url("x") == api + "/x"
+    events = events.replace("the same", api)
     assert config._events_url(make_task(config)) == events + "/agent-execution/t-1/events"
 
 
@@ -1457,7 +1504,8 @@ def test_an_agent_controller_is_asked_with_the_organization_in_its_path():
         list(task.events())
     root = "/agent-controller/org-1"
     assert [(method, path.replace(root, "", 1)) for method, path, _, _ in server.requests] == [
-        ("GET", STATUS[1]), ("PATCH", UPDATE), ("DELETE", NEW.replace("a-1", "t-1")), ("GET", "/activity/a-1/t-1"),
+        ("GET", STATUS[1]), ("PATCH", UPDATE), ("DELETE", "/agent-execution/t-1"),
+        ("GET", "/activity/a-1/t-1"),
         ("POST", NEW), ("GET", HISTORY), ("GET", "/agent-execution/t-1/events")]
     assert all(path.startswith(root + "/") for _, path, _, _ in server.requests)
 
@@ -1475,7 +1523,8 @@ def test_a_configuration_reads_the_environment_when_it_is_made(monkeypatch):
     monkeypatch.setenv("XPANDER_API_KEY", "other")
     assert (made.api_key, made.organization_id) == ("from-environment", None)
     newer = xtask.Configuration()
-    assert (newer.api_key, newer.organization_id, newer.base_url.rstrip("/")) == ("other", "o", "https://my.com")
+    assert (newer.api_key, newer.organization_id) == ("other", "o")
+    assert newer.base_url.rstrip("/") == "https://my.com"
     given = xtask.Configuration("k", "p", "http://h")
     assert (given.api_key, given.organization_id, given.base_url) == ("k", "p", "http://h")
     monkeypatch.delenv("XPANDER_BASE_URL")
@@ -1487,22 +1536,22 @@ def test_a_configuration_is_frozen_has_the_defaults_of_the_contract_and_shows_no
     made = configuration("http://h")
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.api_key = "x"
-    defaults = (made.timeout, made.max_retries, made.idle_timeout, made.ssl_context, tuple(made.trusted_file_hosts))
-    assert defaults == (60.0, 2, 90.0, None, ())
+    assert (made.timeout, made.max_retries, made.idle_timeout) == (60.0, 2, 90.0)
+    assert (made.ssl_context, tuple(made.trusted_file_hosts)) == (None, ())
     assert KEY not in repr(made) + str(made) and "org-1" in repr(made)
     assert pickle.loads(pickle.dumps(made)) == made == copy.deepcopy(made)
     with pytest.raises(TypeError):
         xtask.Configuration("k", "o", "http://h", 5)
 
 
-@pytest.mark.parametrize("key", ["kéy-s3cret", "key\ns3cret", "key\x00s3cret", "s3cret\u200bkey", "s3cret\x7f"])
+@pytest.mark.parametrize("key", ["kéy-s3cret", "a\ns3cret", "a\0s3cret", "s3cret\u200bkey", "s3cret\x7f"])
 def test_a_key_of_anything_but_printable_ascii_is_refused_and_not_printed(key):
     with pytest.raises(ValueError) as caught:
         xtask.Configuration(key, ORG, "http://127.0.0.1:9")
     assert "s3cret" not in str(caught.value) and "ASCII" in str(caught.value)
 
 
-@faces
+@both_faces
 def test_without_a_configuration_all_calls_share_the_environments(face, monkeypatch):
     with RawServer(play) as server:
         for name, value in (("API_KEY", "key-1"), ("ORGANIZATION_ID", ORG), ("BASE_URL", server.url)):
@@ -1521,7 +1570,8 @@ def test_without_a_configuration_all_calls_share_the_environments(face, monkeypa
         assert other.configuration is not shared and tasks[0].configuration is shared
         shared.close()
         other.configuration.close()
-    assert [headers["x-api-key"] for _, _, headers, _ in server.requests] == ["key-1"] * 6 + ["key-2", "key-1"]
+    keys = [headers["x-api-key"] for _, _, headers, _ in server.requests]
+    assert keys == ["key-1"] * 6 + ["key-2", "key-1"]
 
 
 def test_load_on_an_instance_takes_its_second_argument_and_names_reload():
@@ -1564,13 +1614,17 @@ CHANGES = [  # what is done to a task, and the body of the save that follows (No
     ("there and back", lambda task: (setattr(task, "title", "x"), setattr(task, "title", "Sums")), None),
     ("a field", lambda task: setattr(task, "internal_status", "half"), {"internal_status": "half"}),
     ("None is null", lambda task: setattr(task, "title", None), {"title": None}),
-    ("a list deep inside", lambda task: task.input.files.append("b"), {"input": {"text": "Hi", "files": ["a", "b"]}}),
-    ("a key deep inside", lambda task: task.output_schema.update(x=1), {"output_schema": {"b": 1, "a": 1, "x": 1}}),
+    ("a list deep inside", lambda task: task.input.files.append("b"),
+     {"input": {"text": "Hi", "files": ["a", "b"]}}),
+    ("a key deep inside", lambda task: task.output_schema.update(x=1),
+     {"output_schema": {"b": 1, "a": 1, "x": 1}}),
     ("True is not 1", lambda task: task.output_schema.update(a=True), {"output_schema": {"b": 1, "a": True}}),
     ("1.0 is not 1", lambda task: task.output_schema.update(a=1.0), {"output_schema": {"b": 1, "a": 1.0}}),
     ("a field that was not sent", lambda task: setattr(task, "worker_id", "w"), {"worker_id": "w"}),
-    ("an enum", lambda task: setattr(task, "output_format", xtask.OutputFormat.Json), {"output_format": "json"}),
-    ("a date", lambda task: setattr(task, "finished_at", utc(2026, 1, 2)), {"finished_at": "2026-01-02T00:00:00+00:00"}),
+    ("an enum", lambda task: setattr(task, "output_format", xtask.OutputFormat.Json),
+     {"output_format": "json"}),
+    ("a date", lambda task: setattr(task, "finished_at", utc(2026, 1, 2)),
+     {"finished_at": "2026-01-02T00:00:00+00:00"}),
     ("a user", lambda task: setattr(task.input, "user", xtask.User(email="e")),
      {"input": {"text": "Hi", "files": ["a"], "user": {"email": "e"}}}),
     ("a key without a field", append_to_extra, {"tokens": {"used": [1, 2]}}),
@@ -1604,9 +1658,9 @@ def test_a_status_that_moved_on_the_server_is_not_rolled_back():
     assert (task.status, task.result, task.internal_status) == ("completed", "4", None)
 
 
-@faces
-@pytest.mark.parametrize("failure", [(500, b"no"), (422, {"detail": []}), (200, b"<html>"), (200, b"null"), "broken"],
-                         ids=str)
+@both_faces
+@pytest.mark.parametrize(
+    "failure", [(500, b"no"), (422, {"detail": []}), (200, b"<html>"), (200, b"null"), "broken"], ids=str)
 def test_a_failed_save_loses_nothing(failure, face):
     def refuse(connection):
         return connection.reset() if failure == "broken" else connection.answer(*failure)
@@ -1628,7 +1682,7 @@ def test_a_failed_save_loses_nothing(failure, face):
         ("PATCH", {"title": "New", "input": asked}), ("GET", None)]
 
 
-@faces
+@both_faces
 def test_a_field_changed_while_the_save_was_under_way_keeps_its_change(face):
     saving, changed = threading.Event(), threading.Event()
 
@@ -1664,7 +1718,7 @@ def test_a_save_that_is_answered_with_nothing_asks_for_the_state(answer):
     assert [method for method, *_ in arrived(server)] == ["PATCH", "GET"]
 
 
-@faces
+@both_faces
 def test_an_internal_status_may_have_255_characters(face):
     with RawServer(play) as server:
         task = make_task(server.config, internal_status="old")
@@ -1678,7 +1732,7 @@ def test_an_internal_status_may_have_255_characters(face):
         assert server.connections == 1
 
 
-@faces
+@both_faces
 @pytest.mark.parametrize("status", ["finished", "", "Completed", None, 5])
 def test_a_status_that_is_none_is_refused_before_any_request(status, face):
     with RawServer(play) as server:
@@ -1688,7 +1742,7 @@ def test_a_status_that_is_none_is_refused_before_any_request(status, face):
         assert task.status == "executing" and server.connections == 0
 
 
-@faces
+@both_faces
 def test_a_status_that_could_not_be_set_is_sent_by_the_next_save(face):
     with answering((500, b""), (200, task_dict(status="failed", result="No"))) as server:
         task = make_task(server.config)
@@ -1702,10 +1756,11 @@ def test_a_result_that_is_empty_text_is_sent_and_one_that_is_not_given_is_not():
     with RawServer(play) as server:
         make_task(server.config, result="old").set_status("completed", "")
         make_task(server.config, result="old").set_status("completed")
-    assert [body for _, _, body in arrived(server)] == [{"status": "completed", "result": ""}, {"status": "completed"}]
+    assert [body for _, _, body in arrived(server)] == [
+        {"status": "completed", "result": ""}, {"status": "completed"}]
 
 
-@faces
+@both_faces
 def test_a_reload_drops_what_was_not_saved(face):
     with answering((200, task_dict(title="Server's", newer=1))) as server:
         task = make_task(server.config, older=1)
@@ -1717,7 +1772,7 @@ def test_a_reload_drops_what_was_not_saved(face):
 # -- stop, wait, list, log
 
 
-@faces
+@both_faces
 @pytest.mark.parametrize("answer", [(204, b""), (200, b""), (200, b"null")], ids=["204", "empty", "null"])
 def test_a_stop_without_a_body_asks_for_the_status(answer, face):
     with answering(answer, (200, task_dict(status="stopped"))) as server:
@@ -1738,7 +1793,7 @@ def test_not_there_to_a_second_try_of_a_stop_is_settled_by_the_status(broken, mo
     assert [method for method, *_ in server.requests] == ["DELETE", "DELETE", "GET"]
 
 
-@faces
+@both_faces
 def test_not_there_to_the_first_try_of_a_stop_is_an_error(face):
     with answering((404, {"detail": "Task not found"})) as server:
         task = make_task(server.config)
@@ -1764,7 +1819,7 @@ def test_waiting_async_looks_again_until_the_status_is_final():
         assert asyncio.run(task.await_finished(timeout=20)) is task and task.status == "completed"
 
 
-@faces
+@both_faces
 def test_waiting_too_long_is_a_timeout_error_that_says_how_the_task_stands(face):
     with RawServer(play) as server:
         with pytest.raises(TimeoutError, match="executing"):
@@ -1773,7 +1828,8 @@ def test_waiting_too_long_is_a_timeout_error_that_says_how_the_task_stands(face)
 
 
 def test_an_item_of_a_list_is_typed():
-    items = [{**ITEM, "created_at": "2026-03-02T09:15:41Z", "status": "queued"}, {"id": "t-2", "status": None}]
+    items = [{**ITEM, "created_at": "2026-03-02T09:15:41Z", "status": "queued"},
+             {"id": "t-2", "status": None}]
     with answering((200, items)) as server:
         got = xtask.Task.list("a-1", configuration=server.config)
     assert [item.to_dict() for item in got] == items
@@ -1781,8 +1837,9 @@ def test_an_item_of_a_list_is_typed():
     assert got[0].created_at == utc(2026, 3, 2, 9, 15, 41) and got[0].extra == {"new": 1}
 
 
-@faces
-@pytest.mark.parametrize("answer", [(404, {"detail": "No activity"}), (200, b""), (200, b"null"), (204, b"")], ids=str)
+@both_faces
+@pytest.mark.parametrize(
+    "answer", [(404, {"detail": "No log"}), (200, b""), (200, b"null"), (204, b"")], ids=str)
 def test_no_activity_log_yet_is_a_404(answer, face):
     with answering(answer) as server:
         with pytest.raises(xtask.ModuleException) as caught:
@@ -1790,11 +1847,11 @@ def test_no_activity_log_yet_is_a_404(answer, face):
     assert caught.value.status_code == 404
 
 
-@faces
+@both_faces
 def test_a_whole_life_on_the_local_platform(face):
     with local(quick) as platform:
-        task = call(face, xtask.Task, "create", "agent", "2+2?", ["https://e.com/a.txt"], id="mine", title="Sums",
-                    events_streaming=True, configuration=platform.config)
+        task = call(face, xtask.Task, "create", "agent", "2+2?", ["https://e.com/a.txt"], id="mine",
+                    title="Sums", events_streaming=True, configuration=platform.config)
         assert (task.id, task.agent_id, task.title, task.input.text) == ("mine", "agent", "Sums", "2+2?")
         assert call(face, task, "wait_finished", 10).result == "4"
         task.output_schema = {"x": [1]}
@@ -1815,11 +1872,12 @@ PAGE = b"<!DOCTYPE html><html><body>nginx</body></html>"
 HTML = [("Content-Type", "text/html")]
 NO_JSON, NO_TASK = "not JSON", "where a task was due"
 ANSWERED = [  # status, body, headers; status_code, what the text says, details
-    (400, {"detail": "Agent is not deployed"}, (), 400, "[400] Agent is not deployed", {"detail": "Agent is not deployed"}),
+    (400, {"detail": "Not deployed"}, (), 400, "[400] Not deployed", {"detail": "Not deployed"}),
     (401, {"message": "Invalid key"}, (), 401, "[401] Invalid key", {"message": "Invalid key"}),
     (403, {"error": "Not yours", "code": 7}, (), 403, "[403] Not yours", {"error": "Not yours", "code": 7}),
     (404, {"detail": "Task not found"}, (), 404, "[404] Task not found", {"detail": "Task not found"}),
-    (409, {"detail": None, "message": " Busy "}, (), 409, "[409] Busy", {"detail": None, "message": " Busy "}),
+    (409, {"detail": None, "message": " Busy "}, (), 409, "[409] Busy",
+     {"detail": None, "message": " Busy "}),
     (400, {"error": "third", "message": "second", "detail": "first"}, (), 400, "[400] first",
      {"error": "third", "message": "second", "detail": "first"}),
     (400, {"detail": {"deep": 1}}, (), 400, "[400] Bad Request", {"detail": {"deep": 1}}),
@@ -1851,11 +1909,11 @@ ANSWERED = [  # status, body, headers; status_code, what the text says, details
 ]
 
 
-@faces
+@both_faces
 @pytest.mark.parametrize("status, body, headers, code, text, details", ANSWERED,
                          ids=[f"{number}-{row[0]}" for number, row in enumerate(ANSWERED)])
 def test_an_answer_that_is_no_task_is_a_module_exception(status, body, headers, code, text, details, face):
-    with RawServer(lambda connection, _: connection.request() and connection.answer(status, body, headers)) as server:
+    with answering((status, body, headers)) as server:
         with pytest.raises(xtask.ModuleException) as caught:
             call(face, xtask.Task, "load", "t-1", server.config)
     error = caught.value
@@ -1890,13 +1948,14 @@ def no_http(connection):
     connection.send("220 mail.example.com ESMTP\r\n\r\n")
 
 
-def silent(connection):
+def says_nothing(connection):
     connection.wait_closed()
 
 
-@faces
-@pytest.mark.parametrize("failure", [broken_off, half_a_line, half_a_body, half_a_chunk, no_http, silent],
-                         ids=lambda failure: failure.__name__)
+@both_faces
+@pytest.mark.parametrize(
+    "failure", [broken_off, half_a_line, half_a_body, half_a_chunk, no_http, says_nothing],
+    ids=lambda failure: failure.__name__)
 def test_no_answer_or_half_of_one_is_a_500_that_no_server_said(failure, face):
     def script(connection, number):
         connection.request()
@@ -1909,10 +1968,10 @@ def test_no_answer_or_half_of_one_is_a_500_that_no_server_said(failure, face):
     assert (error.status_code, error.details, error.answered) == (500, None, False)
     assert f"127.0.0.1:{server.port}" in str(error) and len(str(error)) > 30 and KEY not in str(error)
     assert error.__cause__ is not None, "the cause is chained"
-    assert failure is not silent or "timeout" in str(error)
+    assert failure is not says_nothing or "timeout" in str(error)
 
 
-@faces
+@both_faces
 def test_a_refused_connection_names_the_host_and_the_reason(face):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -1925,10 +1984,13 @@ def test_a_refused_connection_names_the_host_and_the_reason(face):
     assert isinstance(error.__cause__, ConnectionRefusedError)
 
 
-CALLS = [("class", "load", ("t-1",)), ("class", "create", ("a-1", "Hi")), ("class", "list", ("a-1",)),
-         ("task", "save", ()), ("changed", "save", ()), ("task", "set_status", ("failed",)), ("task", "stop", ()),
-         ("task", "reload", ()), ("task", "wait_finished", ()), ("task", "get_activity_log", ())]
-every_call = pytest.mark.parametrize("owner, name, arguments", CALLS, ids=[f"{row[0]}-{row[1]}" for row in CALLS])
+EVERY_CALL = [
+    ("class", "load", ("t-1",)), ("class", "create", ("a-1", "Hi")), ("class", "list", ("a-1",)),
+    ("task", "save", ()), ("changed", "save", ()), ("task", "set_status", ("failed",)), ("task", "stop", ()),
+    ("task", "reload", ()), ("task", "wait_finished", ()), ("task", "get_activity_log", ()),
+]
+every_call = pytest.mark.parametrize(
+    "owner, name, arguments", EVERY_CALL, ids=[f"{owner}-{name}" for owner, name, _ in EVERY_CALL])
 
 
 def call_with(config, face, owner, name, arguments):
@@ -1939,12 +2001,12 @@ def call_with(config, face, owner, name, arguments):
     return call(face, task, name, *arguments)
 
 
-@faces
+@both_faces
 @every_call
-@pytest.mark.parametrize("status, body, code", [(403, {"detail": "Not yours"}, 403), (200, b"5", 500), (200, PAGE, 500)],
-                         ids=["403", "number", "HTML"])
-def test_every_call_and_its_twin_raises_what_the_server_says(owner, name, arguments, status, body, code, face):
-    with answering((status, body)) as server:
+@pytest.mark.parametrize("answer, code", [((403, {"detail": "Not yours"}), 403), ((200, b"5"), 500),
+                                          ((200, PAGE), 500)], ids=["403", "number", "HTML"])
+def test_every_call_and_its_twin_raises_what_the_server_says(owner, name, arguments, answer, code, face):
+    with answering(answer) as server:
         with pytest.raises(xtask.ModuleException) as caught:
             call_with(server.config, face, owner, name, arguments)
     assert (caught.value.status_code, caught.value.answered) == (code, True)
@@ -1952,7 +2014,7 @@ def test_every_call_and_its_twin_raises_what_the_server_says(owner, name, argume
     assert len(server.requests) == 1
 
 
-@faces
+@both_faces
 @every_call
 def test_a_missing_key_says_what_to_set_and_sends_nothing(owner, name, arguments, face):
     with RawServer(play) as server:
@@ -1963,7 +2025,7 @@ def test_a_missing_key_says_what_to_set_and_sends_nothing(owner, name, arguments
     assert (caught.value.status_code, caught.value.answered) == (401, False)
 
 
-@faces
+@both_faces
 @every_call
 def test_a_missing_organization_says_what_to_set_and_sends_nothing(owner, name, arguments, face):
     with RawServer(play) as server:
@@ -1974,8 +2036,9 @@ def test_a_missing_organization_says_what_to_set_and_sends_nothing(owner, name, 
     assert (caught.value.status_code, caught.value.answered) == (400, False)
 
 
-@faces
-@pytest.mark.parametrize("key, status, says", [(None, 401, "XPANDER_API_KEY"), (KEY, 400, "XPANDER_ORGANIZATION_ID")])
+@both_faces
+@pytest.mark.parametrize(
+    "key, status, says", [(None, 401, "XPANDER_API_KEY"), (KEY, 400, "XPANDER_ORGANIZATION_ID")])
 def test_events_without_a_key_or_any_organization_say_what_to_set(key, status, says, face):
     with RawServer(play) as server:
         task = make_task(xtask.Configuration(key, None, server.url), organization_id=None if key else ORG)
@@ -1985,17 +2048,18 @@ def test_events_without_a_key_or_any_organization_say_what_to_set(key, status, s
     assert (caught.value.status_code, caught.value.answered) == (status, False)
 
 
-@faces
+@both_faces
 @pytest.mark.parametrize("empty", ["", "  ", None, 5])
 @pytest.mark.parametrize("name, says", [("load", "task"), ("create", "agent_id"), ("list", "agent_id")])
 def test_an_empty_id_is_a_value_error_and_no_request(name, says, empty, face):
+    prompt = ["Hi"] if name == "create" else []
     with RawServer(play) as server:
         with pytest.raises(ValueError, match=says):
-            call(face, xtask.Task, name, empty, *(["Hi"] if name == "create" else []), configuration=server.config)
+            call(face, xtask.Task, name, empty, *prompt, configuration=server.config)
         assert server.connections == 0
 
 
-@faces
+@both_faces
 @pytest.mark.parametrize("id", ["", ".", ".."])
 @pytest.mark.parametrize("name", ["save", "stop", "reload", "get_activity_log", "events"])
 def test_a_task_with_an_id_that_no_path_can_hold_is_not_asked_for(name, id, face):
@@ -2012,7 +2076,7 @@ def test_a_task_with_an_id_that_no_path_can_hold_is_not_asked_for(name, id, face
         assert server.connections == 0
 
 
-@faces
+@both_faces
 def test_a_task_without_prompt_files_or_id_is_a_value_error_that_names_them(face):
     with RawServer(play) as server:
         for arguments, options in (((), {}), (("",), {}), (("", []), {"title": "x", "id": ""})):
@@ -2021,7 +2085,8 @@ def test_a_task_without_prompt_files_or_id_is_a_value_error_that_names_them(face
         assert server.connections == 0
         call(face, xtask.Task, "create", "a-1", id="t-1", configuration=server.config)
         call(face, xtask.Task, "create", "a-1", file_urls=["https://e.com/a"], configuration=server.config)
-    assert [body.get("id") or body["input"]["files"] for _, _, body in arrived(server)] == ["t-1", ["https://e.com/a"]]
+    continued, files = (body for _, _, body in arrived(server))
+    assert continued["id"] == "t-1" and files["input"]["files"] == ["https://e.com/a"]
 
 
 @pytest.mark.parametrize("answer", [(200, {"items": []}), (200, [1]), (200, b"null"), (200, b"")], ids=str)
@@ -2032,8 +2097,9 @@ def test_a_list_that_is_none_is_a_module_exception(answer):
     assert caught.value.status_code == 500
 
 
-@pytest.mark.parametrize("url", ["ftp://my.com", "file:///etc/passwd", "http://", "https://user:s3cret@my.com",
-                                 "http://my.com:port"])
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://my.com", "file:///etc/passwd", "http://", "https://user:s3cret@my.com", "http://my.com:port"])
 def test_a_base_url_that_is_none_is_a_value_error_at_once(url):
     with pytest.raises(ValueError) as caught:
         configuration(url)
@@ -2052,7 +2118,7 @@ def test_a_server_that_repeats_the_key_does_not_make_it_into_the_message():
 # The library cut at its line
 # ---------------------------------------------------------------------------
 
-CUT_SECTIONS = ("Form", "Data", "The parser", "Calls", "Errors")  # those that are quick
+CUT_SECTIONS = ("Form", "Data", "The parser", "Calls", "Errors", "Transport", "Files")  # those that are quick
 
 
 def standing_under(sections):
@@ -2060,7 +2126,8 @@ def standing_under(sections):
     banner = r"^# -{75}\n# (.+)\n# -{75}$"
     _, *parts = re.split(banner, Path(__file__).read_text("utf-8"), flags=re.MULTILINE)
     bodies = [body for title, body in zip(parts[::2], parts[1::2]) if title in sections]
-    return [f"{__file__}::{name}" for body in bodies for name in re.findall(r"^def (test_\w+)", body, re.MULTILINE)]
+    names = re.findall(r"^def (test_\w+)", "\n".join(bodies), re.MULTILINE)
+    return [f"{__file__}::{name}" for name in names]
 
 
 @needs_whole_file  # so that the run inside does not start another
@@ -2068,19 +2135,16 @@ def test_the_library_cut_at_its_line_passes_its_tests(tmp_path):
     (tmp_path / "xtask.py").write_text(cut()[0], "utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *standing_under(CUT_SECTIONS)],
-        env={**os.environ, "XTASK_UNDER_TEST": str(tmp_path / "xtask.py")}, capture_output=True, text=True, timeout=120)
+        env={**os.environ, "XTASK_UNDER_TEST": str(tmp_path / "xtask.py")}, capture_output=True, text=True,
+        timeout=120)
     assert done.returncode == 0, done.stdout[-3000:]
-    passed, skipped = (int((re.search(rf"(\d+) {word}", done.stdout) or "00")[1]) for word in ("passed", "skipped"))
-    assert passed > 500 and skipped < 10
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+
+
 # ---------------------------------------------------------------------------
 # Streams: every event once, in order, to the end
 # ---------------------------------------------------------------------------
-# imports: select, signal, shutil, ssl
 
-import select
-import shutil
-import signal
-import ssl
 
 faces = pytest.mark.parametrize("face", ["events", "aevents"])
 
@@ -2245,8 +2309,7 @@ BODIES = [
     pytest.param(PLAIN.format("") + SPLIT, id="plain"),
     pytest.param(CHUNKED + framed(": hi\n\n") + framed(SPLIT) + "0\r\n\r\n", id="chunked"),
     pytest.param(CHUNKED + "".join(map(framed, SPLIT)) + "0\r\n\r\n", id="a-character-a-chunk"),
-    pytest.param(CHUNKED + framed(SPLIT[:9], ";a=b") + framed(SPLIT[9:], ' ; c="d"').replace("\n", "\n", 1).upper()
-                 if False else CHUNKED + framed(SPLIT[:9], ";a=b") + framed(SPLIT[9:], " ;c"), id="extensions"),
+    pytest.param(CHUNKED + framed(SPLIT[:99], ";a=b") + framed(SPLIT[99:], " ;c"), id="chunk-extensions"),
 ]
 
 
@@ -2261,7 +2324,7 @@ def test_an_answer_in_pieces_of_any_size_gives_the_same_events(face, body, size)
             connection.send(data[start:start + size])
         silent(connection)
 
-    with feed(trickle) as server:
+    with feed(trickle, answers(410), idle_timeout=5) as server:
         events = follow(server, face)
     assert [(e.type, e.data) for e in events[:-1]] == [("brand_new", {"a": "ü\u4e2d"})]
     assert events[-1].data.result == "4"
@@ -2521,7 +2584,7 @@ ENDS = [  # a stream that does not bring the task's last event
 @faces
 @pytest.mark.parametrize("script", ENDS)
 def test_when_the_server_says_that_the_task_is_final_the_last_event_is_made_from_it(face, script):
-    with feed(script, idle_timeout=0.1) as server:
+    with feed(script, answers(410), idle_timeout=0.1) as server:
         server.task = task_dict(status="failed", result="why", finished_at="2025-11-06T06:42:00Z", new=[1])
         last = follow(server, face)[-1]
         assert len(server.streams) == 1
@@ -2552,7 +2615,8 @@ def test_an_end_whose_status_cannot_be_loaded_is_that_error(face, pauses):
 def test_only_this_tasks_end_ends_it_although_the_server_keeps_the_connection_open(face, mine):
     theirs = sse("task_finished", {"id": "t-2", "result": "half"}, task_id="t-2")
     after = sse("chunk", "never seen")
-    with feed(plays(theirs + sse("chunk", "1") + mine + after, then=silent)) as server:
+    open_end = plays(theirs + sse("chunk", "1") + mine + after, then=silent)
+    with feed(open_end, answers(410), idle_timeout=3) as server:
         events = follow(server, face)
         assert server.closed.get(timeout=5) == 1
         assert len(server.requests) == 1
@@ -2954,9 +3018,11 @@ print(json.dumps([count, peak() - start]))
 def test_a_hundred_thousand_events_grow_the_process_by_less_than_10_mib(face):
     def stream(connection):
         connection.start_stream()
-        for start in range(0, 100_000, 1000):
-            connection.send("".join(sse("chunk", str(n), id=n) for n in range(start, start + 1000)))
+        for _ in range(100):
+            connection.send(thousand)
         connection.send(FINISHED)
+
+    thousand = "".join(sse("chunk", str(n), id=n) for n in range(1000))
 
     with feed(stream) as server:
         done = run_python(GROWTH, json.dumps([server.url, face, task_dict()]))
@@ -2985,16 +3051,13 @@ for event in task.events():
     pass
 """
 
-QUIET = [  # streams that have nothing to say
-    pytest.param(plays(sse("chunk", "1")), id="silent"),
-    pytest.param(lambda connection: None, id="unanswered"),
-    pytest.param(answers(503, b"", [("Retry-After", "30")]), id="between-two-tries"),
+QUIET = [  # streams with nothing to say: silent, unanswered, between two tries
+    plays(sse("chunk", "1")), lambda connection: None, answers(503, b"", [("Retry-After", "30")]),
 ]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@faces
-@pytest.mark.parametrize("script", QUIET)
+@pytest.mark.parametrize("script, face", [*((script, "events") for script in QUIET), (QUIET[0], "aevents")])
 def test_ctrl_c_ends_the_process_within_a_second_with_one_plain_keyboard_interrupt(face, script):
     reached = threading.Event()
 
@@ -3023,45 +3086,38 @@ def test_ctrl_c_ends_the_process_within_a_second_with_one_plain_keyboard_interru
 
 
 @pytest.mark.parametrize("when", ["in-the-pause", "while-it-loads"])
-def test_cancelling_await_finished_is_immediate(when):
-    loading, gate = threading.Event(), threading.Event()
+def test_cancelling_await_finished_is_immediate_and_nothing_goes_on_waiting(when):
+    loading, gate, status = threading.Event(), threading.Event(), ["executing"]
 
-    def status(connection, _):
+    def script(connection, _):
         for _ in iter(connection.request, None):
             if when == "while-it-loads":
                 loading.set()
                 gate.wait(5)
-            connection.answer(200, task_dict())
+            connection.answer(200, task_dict(status=status[0]))
             loading.set()
 
     async def main():
         waiting = asyncio.ensure_future(make_task(server.config).await_finished())
         assert await asyncio.to_thread(loading.wait, 5)
         await asyncio.sleep(0.05)  # of the half second between two loads
-        began = time.monotonic()
+        asked, began = len(server.requests), time.monotonic()
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         took = time.monotonic() - began
+        status[0] = "completed"
         gate.set()  # asyncio.run() waits for the thread of a load that is under way
-        return took
+        return took, asked
 
-    with RawServer(status) as server:
-        assert asyncio.run(main()) < 0.2
+    with RawServer(script) as server:
+        took, asked = asyncio.run(main())
+        assert took < 0.2 and asked == len(server.requests) == 1
+
+
 # ---------------------------------------------------------------------------
 # Transport
 # ---------------------------------------------------------------------------
-# imports: base64, logging, select, shutil, ssl, traceback, types
-import base64
-import gc
-import logging
-import select
-import shutil
-import ssl
-import traceback
-import types
-from email.utils import format_datetime
-from datetime import datetime, timedelta, timezone
 
 
 def replies(*answers):
@@ -3090,14 +3146,6 @@ def echo(connection, number):
 
 
 OK = (200, task_dict(internal_status="saved"))
-
-
-@pytest.fixture
-def pauses(monkeypatch):
-    """The pauses between tries: noted, not waited."""
-    seen = []
-    monkeypatch.setattr(xtask, "_wait", lambda seconds, line=None: seen.append(seconds))
-    return seen
 
 
 class Dialled(list):
@@ -3215,10 +3263,31 @@ def test_a_kept_connection_that_breaks_before_the_answer_is_replaced_uncounted(m
 
 def test_a_new_connection_that_breaks_counts_as_a_try(pauses):
     with RawServer(replies(RawConnection.reset)) as server:
-        with configuration(server.url, max_retries=0) as config, pytest.raises(xtask.ModuleException) as failed:
-            CALLS["GET"](config)
+        with configuration(server.url, max_retries=0) as config:
+            with pytest.raises(xtask.ModuleException) as failed:
+                CALLS["GET"](config)
         assert (failed.value.status_code, failed.value.answered) == (500, False)
         assert (server.connections, pauses) == (1, [])
+
+
+def test_what_nobody_asked_for_on_an_idle_connection_is_no_answer():
+    idle, said = threading.Event(), threading.Event()
+
+    def script(connection, number):
+        connection.request()
+        connection.answer(*OK)
+        if number == 1:
+            idle.wait(10)
+            connection.send("HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+            said.set()
+            connection.request()
+
+    with RawServer(script) as server:
+        CALLS["GET"](server.config)
+        idle.set()
+        assert said.wait(10)
+        assert CALLS["GET"](server.config).internal_status == "saved"
+        assert (server.connections, len(server.requests)) == (2, 2)
 
 
 @pytest.mark.parametrize("seconds, connections", [(19, 1), (21, 2), (3600, 2)])
@@ -3295,8 +3364,12 @@ def test_a_configuration_closes_its_idle_connections(leave):
             CALLS["GET"](config)  # it stays usable
             config.close()
             assert server.closed.get(timeout=5) == 1
-        del config
         gc.collect()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            del config
+            gc.collect()
+        assert warned == []  # no ResourceWarning of a socket that was forgotten
         assert server.closed.get(timeout=5) == server.connections
 
 
@@ -3330,7 +3403,7 @@ def test_requests_say_who_sends_them_and_what_they_carry():
     with RawServer(echo) as server:
         for method in CALLS:
             CALLS[method](server.config)
-        for method, _, headers, body in server.requests:
+        for _, _, headers, body in server.requests:
             assert headers["user-agent"] == f"xtask/{xtask.__version__}"
             assert headers["accept"] == "application/json" and headers["x-api-key"] == KEY
             assert headers.get("content-type") == ("application/json" if body else None)
@@ -3353,7 +3426,8 @@ def in_seconds(seconds):
 
 
 @pytest.mark.parametrize("method", SAFE)
-@pytest.mark.parametrize("first", [unavailable(), (502, b""), (504, b"<html>"), limited("3"), RawConnection.reset],
+@pytest.mark.parametrize("first", [unavailable(), (502, b""), (504, b"<html>"), limited("3"),
+                                   RawConnection.reset],
                          ids=["503", "502", "504", "429", "broken"])
 def test_a_bad_minute_is_ridden_over(method, first, pauses):
     with RawServer(replies(first, first, OK)) as server:
@@ -3364,8 +3438,9 @@ def test_a_bad_minute_is_ridden_over(method, first, pauses):
 
 def test_the_tries_end_after_max_retries_with_the_last_answer(pauses):
     with RawServer(replies(unavailable())) as server:
-        with configuration(server.url, max_retries=3) as config, pytest.raises(xtask.ModuleException) as failed:
-            CALLS["GET"](config)
+        with configuration(server.url, max_retries=3) as config:
+            with pytest.raises(xtask.ModuleException) as failed:
+                CALLS["GET"](config)
     assert str(failed.value) == "[503] busy" and failed.value.answered
     assert (len(server.requests), len(pauses)) == (4, 3)
 
@@ -3377,7 +3452,7 @@ def test_the_pause_grows_and_is_jittered(pauses):
                 CALLS["GET"](config)
     first, second = pauses[:4], pauses[4:]
     assert first[0] < first[2] and first[1] < first[3] and second[0] < second[2]
-    assert first != second and 0 < min(pauses) and max(pauses) < 30
+    assert first != second and min(pauses) > 0 and max(pauses) < 30
 
 
 @pytest.mark.parametrize("method", CALLS)
@@ -3510,12 +3585,14 @@ def moved(url, status=302):
 
 def everything_told(error):
     """What a person can get to see of an exception."""
-    return "".join(traceback.format_exception(type(error), error, error.__traceback__)) + repr(error) + str(error)
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    return "".join([*lines, repr(error), str(error)])
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize("where", ["http://localhost:{port}/x", "http://127.0.0.1:{other}/x", "//127.0.0.1:{other}/x",
-                                   "https://127.0.0.1:{port}/x", "http://localhost.evil.invalid/x"])
+@pytest.mark.parametrize("where", ["http://localhost:{port}/x", "http://127.0.0.1:{other}/x",
+                                   "//127.0.0.1:{other}/x", "https://127.0.0.1:{port}/x",
+                                   "http://localhost.evil.invalid/x"])
 def test_a_redirect_off_the_origin_is_an_error_and_the_key_stays(status, where, pauses, dialled):
     with RawServer(echo) as stranger, RawServer(replies(None)) as server:
         target = where.format(port=server.port, other=stranger.port)
@@ -3780,13 +3857,16 @@ def test_no_proxy_goes_straight(no_proxy, monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize("address", ["http://user:wrong-pass@127.0.0.1:{}", "socks5://user:wrong-pass@127.0.0.1:{}",
+@pytest.mark.parametrize("address", ["http://user:wrong-pass@127.0.0.1:{}",
+                                     "socks5://user:wrong-pass@127.0.0.1:{}",
                                      "http://user:wrong-pass@127.0.0.1:1"])
-def test_a_proxy_that_does_not_let_us_through_is_told_without_its_password(scheme, address, monkeypatch, pauses):
+def test_a_proxy_that_does_not_let_us_through_is_told_without_its_password(scheme, address, monkeypatch,
+                                                                           pauses):
     with Proxy("user:right-pass") as proxy:
         monkeypatch.setenv(f"{scheme}_proxy", address.format(proxy.port))
-        with configuration(f"{scheme}://api.invalid") as config, pytest.raises(xtask.ModuleException) as failed:
-            CALLS["GET"](config)
+        with configuration(f"{scheme}://api.invalid") as config:
+            with pytest.raises(xtask.ModuleException) as failed:
+                CALLS["GET"](config)
         told = everything_told(failed.value)
         assert "wrong-pass" not in told and base64.b64encode(b"user:wrong-pass").decode() not in told
         assert failed.value.status_code in (407, 500)
@@ -3834,7 +3914,8 @@ FAILED = "Error: the file could not be fetched"
 
 PRIVATE = """
     127.0.0.1 127.1 127.0.1 127.255.255.254 0x7f.1 0x7f000001 0177.0.0.1 017700000001 2130706433 0 0.0.0.0
-    localhost LOCALHOST \uff11\uff12\uff17.0.0.1 127\u30020\u30020\u30021 \u2460\u2461\u2466.\u24ea.\u24ea.\u2460
+    localhost LOCALHOST \uff11\uff12\uff17.0.0.1 127\u30020\u30020\u30021
+    \u2460\u2461\u2466.\u24ea.\u24ea.\u2460
     [::1] [::] [0:0:0:0:0:0:0:1] [::ffff:127.0.0.1] [::FFFF:7f00:1] [::127.0.0.1]
     [64:ff9b::127.0.0.1] [64:ff9b::7f00:1] [64:ff9b::a9fe:a9fe] [64:ff9b:1::7f00:1]
     [2002:7f00:1::] [2002:a00:1::1] [2002:a9fe:a9fe::]
@@ -3866,9 +3947,10 @@ def test_a_trusted_host_works(host, names):
         assert server.connections == 1
 
 
-@pytest.mark.parametrize("url", ["file://{path}", "FILE://{path}", "file:{path}", "{path}", "ftp://127.0.0.1:{port}/a.txt",
-                                 "data:,a.txt", "gopher://127.0.0.1:{port}/a.txt", "//127.0.0.1:{port}/a.txt",
-                                 "http:/a.txt", "http:///a.txt", "http://127.0.0.1:x/a.txt", "unix:/a.txt",
+@pytest.mark.parametrize("url", ["file://{path}", "FILE://{path}", "file:{path}", "{path}", "data:,a.txt",
+                                 "ftp://127.0.0.1:{port}/a.txt", "gopher://127.0.0.1:{port}/a.txt",
+                                 "//127.0.0.1:{port}/a.txt", "http:/a.txt", "http:///a.txt", "unix:/a.txt",
+                                 "http://127.0.0.1:x/a.txt",
                                  "http://\0/a.txt", "http://..a/a.txt", "http://127.0.0.%31:{port}/a.txt",
                                  "http://%6cocalhost:{port}/a.txt", "http://[fe80::1%25lo]/a.txt",
                                  "http://x@127.0.0.1:{port}/a.txt",
@@ -3883,8 +3965,9 @@ def test_what_is_no_http_url_is_not_opened(url, tmp_path, dialled):
         assert (server.connections, dialled) == (0, [])
 
 
-@pytest.mark.parametrize("target", ["http://localhost:{port}/b.txt", "http://127.1:{port}/b.txt", "//[::1]:{port}/b.txt",
-                                    "http://169.254.169.254/b.txt", "file://{path}", "ftp://127.0.0.1:{port}/b.txt",
+@pytest.mark.parametrize("target", ["http://localhost:{port}/b.txt", "http://127.1:{port}/b.txt",
+                                    "//[::1]:{port}/b.txt", "http://169.254.169.254/b.txt", "file://{path}",
+                                    "ftp://127.0.0.1:{port}/b.txt",
                                     "data:,b.txt", "http://127.0.0.%31:{port}/b.txt",
                                     "http://[::ffff:127.0.0.1]:{port}/b.txt"])
 def test_a_redirect_is_judged_again(target, tmp_path, dialled):
@@ -3922,8 +4005,8 @@ def test_a_name_with_a_public_and_a_private_address_leads_to_no_private_one(name
     assert "10.0.0.1" not in dialled
 
 
-@pytest.mark.parametrize("host", "93.184.216.34 [::ffff:93.184.216.34] [64:ff9b::5db8:d822] [2002:5db8:d822::1] "
-                                 "[2606:2800:220:1::1]".split())
+@pytest.mark.parametrize("host", ["93.184.216.34", "[::ffff:93.184.216.34]", "[64:ff9b::5db8:d822]",
+                                  "[2002:5db8:d822::1]", "[2606:2800:220:1::1]"])
 def test_a_public_address_is_allowed(host, dialled, caplog):
     with RawServer(site({})) as server:
         assert read_files(server, f"http://{host}/a.txt") == [FAILED]  # the fixture refuses to go there
@@ -3934,8 +4017,9 @@ def test_a_refused_address_and_a_failed_one_read_alike(dialled):
     with socket.socket() as deaf, RawServer(site({"/cut.txt": RawConnection.reset})) as server:
         deaf.bind(("127.0.0.1", 0))
         port = deaf.getsockname()[1]
-        assert set(read_files(server, f"http://127.0.0.1:{port}/closed.txt", f"http://localhost:{port}/a.txt",
-                              "http://10.0.0.1/a.txt", "http://93.184.216.34/off.txt", "/cut.txt")) == {FAILED}
+        got = read_files(server, f"http://127.0.0.1:{port}/closed.txt", f"http://localhost:{port}/a.txt",
+                         "http://10.0.0.1/a.txt", "http://93.184.216.34/off.txt", "/cut.txt")
+    assert got == [FAILED] * 5
 
 
 def test_a_files_server_gets_no_key(caplog):
@@ -4038,7 +4122,11 @@ def test_a_file_that_trickles_is_given_up_when_the_time_is_over():
         started = time.monotonic()
         assert read_files(server, "/trickle.txt", "/good.txt", timeout=0.5) == [FAILED, "good"]
         assert time.monotonic() - started < 3
+        for thread in server.threads[1:]:
+            thread.join(5)
+        ended = not any(thread.is_alive() for thread in server.threads[1:])
         over.set()
+    assert ended  # its socket was shut down
 
 
 def test_ten_slow_files_are_fetched_eight_at_a_time_and_cost_one_time_out():
@@ -4084,11 +4172,14 @@ def test_a_thousand_urls_start_eight_threads(dialled):
     assert len(dialled.threads) == 8 and max(most) == 8
 
 
+def raw(text):
+    return lambda connection: connection.send(text)
+
+
 @pytest.mark.parametrize("page", [(404, b"secret page"), (500, b"secret page"), (204, b""), (206, b"part"),
-                                  lambda connection: connection.send("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"),
-                                  lambda connection: connection.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-                                                                     "5\r\nshort\r\n"),
-                                  lambda connection: connection.send("no HTTP at all\r\n\r\n"), RawConnection.reset],
+                                  raw("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"),
+                                  raw("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n"),
+                                  raw("no HTTP at all\r\n\r\n"), RawConnection.reset],
                          ids=["404", "500", "204", "206", "cut", "cut chunks", "no HTTP", "reset"])
 def test_a_file_that_fails_says_so_and_the_others_are_not_lost(page):
     with RawServer(site({"/bad.txt": page, "/good.txt": b"good"})) as server:
@@ -4182,11 +4273,12 @@ EMPTY = '{{"url": "' + U + '/empty.csv", "content": ""}}'
 ])
 def test_the_message_byte_for_byte(text, files, changes, message):
     pages = {"/r.txt": 'caf\u00e9\n"x"'.encode(), "/empty.csv": b""}
-    with RawServer(site(pages)) as server, configuration(server.url, trusted_file_hosts=["127.0.0.1"]) as config:
+    with RawServer(site(pages)) as server:
         urls = files and [server.url + path for path in files]
-        task = make_task(config, input={"text": text, "files": urls}, **changes)
-        assert task.to_message() == message.format(port=server.port)
-        assert asyncio.run(task.ato_message()) == task.to_message()
+        with configuration(server.url, trusted_file_hosts=["127.0.0.1"]) as config:
+            task = make_task(config, input={"text": text, "files": urls}, **changes)
+            assert task.to_message() == message.format(port=server.port)
+            assert asyncio.run(task.ato_message()) == task.to_message()
         if changes:
             assert server.connections == 0
 
@@ -4248,15 +4340,17 @@ def with_files(media):
 
 
 def test_agno_gets_a_pdf_with_its_bytes_its_name_and_its_type(media, with_files):
-    pages = {"/x/My%20report.pdf": b"%PDF-1.7 a", "/b.PDF": (200, b"%PDF-1.7 b", [("Content-Type", "text/html")])}
+    pages = {"/x/My%20report.pdf": b"%PDF a", "/b.PDF": (200, b"%PDF b", [("Content-Type", "text/html")])}
     with RawServer(site(pages)) as server:
         first, second = with_files(server, "get_files", "/x/My%20report.pdf?sig=1", "/b.PDF")
     assert type(first) is type(second) is media.File
-    assert (first.content, first.filename, first.mime_type) == (b"%PDF-1.7 a", "My report.pdf", "application/pdf")
-    assert (second.content, second.filename, second.mime_type) == (b"%PDF-1.7 b", "b.PDF", "application/pdf")
+    pdf = "application/pdf"
+    assert (first.content, first.filename, first.mime_type) == (b"%PDF a", "My report.pdf", pdf)
+    assert (second.content, second.filename, second.mime_type) == (b"%PDF b", "b.PDF", pdf)
 
 
-@pytest.mark.parametrize("path", ["/..%2F..%2Fetc%2Fpasswd.pdf", "/a%00b%0d%0a.pdf", "/a%22%3Cb%3E%5C.pdf", "/.pdf.pdf"])
+@pytest.mark.parametrize("path", ["/..%2F..%2Fetc%2Fpasswd.pdf", "/a%00b%0d%0a.pdf", "/a%22%3Cb%3E%5C.pdf",
+                                  "/.pdf.pdf"])
 def test_agno_gets_a_clean_file_name(path, with_files):
     with RawServer(site({path: b"%PDF"})) as server:
         (file,) = with_files(server, "get_files", path)
@@ -4282,14 +4376,16 @@ def test_agno_gets_an_image_with_its_url_unfetched(media, with_files):
 
 
 @pytest.mark.parametrize("method, end", [("get_files", "pdf"), ("get_images", "png")])
-@pytest.mark.parametrize("url", ["http://localhost:{port}/a.{end}?token=hidden", "http://169.254.169.254/a.{end}?hidden",
-                                 "http://[::ffff:127.0.0.1]:{port}/a.{end}?hidden", "file:///etc/hidden/a.{end}",
-                                 "ftp://93.184.216.34/hidden/a.{end}", "http://127.1/a.{end}?hidden",
-                                 "http://127.0.0.%31/a.{end}?hidden", "http://127.0.0.1\\.x.test/a.{end}?hidden"])
+@pytest.mark.parametrize("url", ["http://localhost:{port}/a.{end}?token=hidden",
+                                 "http://127.1/a.{end}?hidden",
+                                 "http://169.254.169.254/a.{end}?hidden", "http://127.0.0.%31/a.{end}?hidden",
+                                 "http://[::ffff:127.0.0.1]:{port}/a.{end}?hidden",
+                                 "http://127.0.0.1\\.x.test/a.{end}?hidden", "file:///etc/hidden/a.{end}",
+                                 "ftp://93.184.216.34/hidden/a.{end}"])
 def test_agno_does_not_get_a_url_that_our_rules_refuse(method, end, url, with_files, caplog, dialled):
     with RawServer(site({f"/ok.{end}": b"%PDF"})) as server:
         got = with_files(server, method, url.format(port=server.port, end=end), f"/ok.{end}")
-    assert len(got) == 1 and (got[0].url or "").endswith(("", f"/ok.{end}"))
+    assert len(got) == 1 and (got[0].content == b"%PDF" or got[0].url == f"{server.url}/ok.{end}")
     assert set(dialled) <= {"127.0.0.1"} and server.connections <= 1
     (record,) = caplog.records
     assert (record.levelname, record.name) == ("WARNING", xtask.__name__)
@@ -4308,16 +4404,11 @@ def test_agno_does_not_get_a_pdf_that_redirects_to_a_private_address(with_files,
     with RawServer(site({"/a.pdf": moved("http://10.0.0.1/a.pdf")})) as server:
         assert with_files(server, "get_files", "/a.pdf") == []
     assert dialled == ["127.0.0.1"]
+
+
 # ---------------------------------------------------------------------------
 # Terminal and README
 # ---------------------------------------------------------------------------
-# imports: hashlib, re, select, signal, unicodedata, zipfile
-import hashlib  # noqa: E402
-import re  # noqa: E402
-import select  # noqa: E402
-import signal  # noqa: E402
-import unicodedata  # noqa: E402
-import zipfile  # noqa: E402
 
 README = HERE / "README.md"
 HOSTILE = "a\x1b]0;owned\x07b\x1b[2Jc\x9b31md\re\x08f\x00g\x7fh"  # sets a title, clears, colours, goes back
@@ -4382,7 +4473,9 @@ def start(*arguments, environ=(), hurry=False, env=None, **options):
     """The terminal program as a process of its own, with warnings as errors."""
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", PROGRAM, "hurry" if hurry else "-"]
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([*command, *arguments], env=program_environment(environ, **(env or {})), **options)
+    return subprocess.Popen(
+        [*command, *arguments], env=program_environment(environ, **(env or {})), **options
+    )
 
 
 def terminal(*arguments, encoding="utf-8", **options):
@@ -4495,7 +4588,8 @@ def test_run_sends_the_prompt_and_all_files_and_hides_their_queries():
         assert (code, method, path) == (0, "POST", "/agent-execution/agent%2F7")
         assert body == {"input": {"text": "Größe", "files": urls}, "events_streaming": True}
         shown = out + "".join(
-            terminal(command, next(iter(platform.tasks)), environ=platform.environ)[1] for command in ("show", "log")
+            terminal(command, next(iter(platform.tasks)), environ=platform.environ)[1]
+            for command in ("show", "log")
         )
         assert "a.csv" in shown and "hush" not in shown
 
@@ -4747,8 +4841,12 @@ def test_output_that_is_closed_or_full_shows_no_traceback():
 
         def shell(redirection, *words):
             arguments = [sys.executable, str(FILE), *words]
-            return subprocess.run(["sh", "-c", f'exec "$@" {redirection}', "sh", *arguments], timeout=20,
-                                  env=program_environment(platform.environ), capture_output=True)
+            return subprocess.run(
+                ["sh", "-c", f'exec "$@" {redirection}', "sh", *arguments],
+                timeout=20,
+                env=program_environment(platform.environ),
+                capture_output=True,
+            )
 
         for words in (["show", task.id], ["log", task.id, "--json"], ["watch", task.id]):
             ran = shell(">&-", *words)
@@ -4761,7 +4859,9 @@ def test_output_that_is_closed_or_full_shows_no_traceback():
 
 
 @needs_whole_file
-@pytest.mark.parametrize("arguments", [["watch"], ["watch", "--json"], ["run", "my-agent", "Hi"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["watch"], ["watch", "--json"], ["run", "my-agent", "Hi"]], ids=" ".join
+)
 def test_ctrl_c_is_exit_code_130_and_no_traceback(arguments):
     gate = threading.Event()
     with local(held_agent(gate)) as platform:
@@ -4797,15 +4897,32 @@ def test_ctrl_c_during_a_request_is_exit_code_130():
 def strings(value):
     """All strings in a JSON value."""
     if isinstance(value, (dict, list)):
-        return [text for item in (value.values() if isinstance(value, dict) else value) for text in strings(item)]
+        return [
+            text for item in (value.values() if isinstance(value, dict) else value) for text in strings(item)
+        ]
     return [value] if isinstance(value, str) else []
 
 
 @needs_whole_file
 def test_events_of_any_shape_are_shown():
-    shapes = [None, 1, True, "x", [], {}, [1, {}], {"payload": 3}, {"payload": {"input": [1]}}, {"data": "x"},
-              {"type": 5, "data": {"url": 7}}, {"type": "login_required", "data": {"url": 7}}, {"tool_name": {"a": 1}},
-              {"is_error": "no", "result": [None]}, {"content": None, "role": "agent"}, {"title": 7, "status": []}]
+    shapes = [
+        None,
+        1,
+        True,
+        "x",
+        [],
+        {},
+        [1, {}],
+        {"payload": 3},
+        {"payload": {"input": [1]}},
+        {"data": "x"},
+        {"type": 5, "data": {"url": 7}},
+        {"type": "login_required", "data": {"url": 7}},
+        {"tool_name": {"a": 1}},
+        {"is_error": "no", "result": [None]},
+        {"content": None, "role": "agent"},
+        {"title": 7, "status": []},
+    ]
     kinds = [*whole.TaskUpdateEventType, "", "newer"]
 
     def agent(task):
@@ -4823,10 +4940,11 @@ def test_events_of_any_shape_are_shown():
 
 ODD = [{}, {"result": {"a": 1}}, {"created_at": 7, "started_at": "soon", "finished_at": []}, {"title": [1]},
        {"status": 7, "finished_at": "2025-11-06T06:41:54Z"}, {"status": None, "finished_at": "yesterday"},
-       {"input": None, "extra": {"x": 1}}, {"created_at": "9999-12-31T23:59:59Z", "id": None}]  # fmt: skip
+       {"input": None, "extra": {"x": 1}}, {"created_at": "9999-12-31T23:59:59Z", "id": None},
+       {"payload_extension": json.loads('{"a":' * 450 + "1" + "}" * 450)}]  # fmt: skip
 ODD_ENTRIES = [1, None, "x", {}, {"role": "agent", "content": 3}, {"role": "agent", "content": {"text": [1]}},
-               {"tool_name": None, "payload": 1, "is_error": 1, "reasoning": 2, "result": 3}, {"type": [], "data": 3},
-               *ODD]  # fmt: skip
+               {"tool_name": None, "payload": 1, "is_error": 1, "reasoning": 2, "result": 3},
+               {"type": [], "data": 3}, *ODD]  # fmt: skip
 
 
 @needs_whole_file
@@ -4839,9 +4957,13 @@ def test_tasks_and_logs_of_any_shape_are_shown():
             odd = ODD[int(re.findall(r"t-(\d)", request[1])[0])]
             task = {**task_dict(status="completed", events_streaming=False), **odd}
             log = {"id": 3, "messages": ODD_ENTRIES, "user": None, **odd}
-            connection.answer(200, log if "/activity/" in request[1] else [task] if "/history/" in request[1] else task)
+            connection.answer(
+                200, log if "/activity/" in request[1] else [task] if "/history/" in request[1] else task
+            )
 
-    words = [f"{command} t-{n}" for command in ("watch", "show", "log", "list", "stop") for n in range(len(ODD))]
+    words = [
+        f"{command} t-{n}" for command in ("watch", "show", "log", "list", "stop") for n in range(len(ODD))
+    ]
     with RawServer(script) as server:
         ran = run_each(server, *words)
     for name, (code, err) in zip(words, ran):
@@ -4869,8 +4991,13 @@ def test_no_text_is_too_strange_for_the_output(encoding):
     with local(hostile_agent(WIDE)) as platform:
         task = played(platform, title=WIDE)
         for command in ("run", "show", "log", "list"):
-            code, out, err = terminal(command, *words_of(command, task), environ=platform.environ,
-                                      env={"PYTHONIOENCODING": encoding}, encoding=encoding)
+            code, out, err = terminal(
+                command,
+                *words_of(command, task),
+                environ=platform.environ,
+                env={"PYTHONIOENCODING": encoding},
+                encoding=encoding,
+            )
             assert (code, err) == (0, "") and " end" in out
 
 
@@ -4879,9 +5006,13 @@ def test_no_text_is_too_strange_for_the_output(encoding):
 def test_long_values_are_cut_to_the_width_and_the_result_and_the_login_never(command):
     with local(quick_agent) as platform:
         task = played(platform, title=LONG)
-        code, out, _ = terminal(command, *words_of(command, task), environ=platform.environ, env={"COLUMNS": "60"})
+        code, out, _ = terminal(
+            command, *words_of(command, task), environ=platform.environ, env={"COLUMNS": "60"}
+        )
     whole_lines = {LOGIN_URL, RESULT.splitlines()[-1]}
-    assert code == 0 and [line for line in out.splitlines() if len(line) > 60 and line not in whole_lines] == []
+    assert (
+        code == 0 and [line for line in out.splitlines() if len(line) > 60 and line not in whole_lines] == []
+    )
     assert command in ("log", "list") or RESULT in out
 
 
@@ -4972,8 +5103,13 @@ TOOL = {"request_id": "r", "operation_id": "o", "tool_name": "web-search", "payl
 @needs_whole_file
 def test_the_live_line_shows_is_gone_at_the_end_and_overwrites_nothing():
     gate = threading.Event()
-    events = [("think", {"request_id": "r", "operation_id": "o", "payload": {"input": {"title": "漢字" * 40}}}),
-              ("chunk", "one line\nand "), ("chunk", "another"), ("newer_kind", HOSTILE), ("tool_call_request", TOOL)]
+    events = [
+        ("think", {"request_id": "r", "operation_id": "o", "payload": {"input": {"title": "漢字" * 40}}}),
+        ("chunk", "one line\nand "),
+        ("chunk", "another"),
+        ("newer_kind", HOSTILE),
+        ("tool_call_request", TOOL),
+    ]
     with local(held_agent(gate, *events)) as platform:
         task = whole.Task.create("a", "b", configuration=platform.configuration, events_streaming=True)
         with pseudo_terminal("watch", task.id, environ=platform.environ) as (process, read):
@@ -4990,7 +5126,9 @@ def test_the_live_line_shows_is_gone_at_the_end_and_overwrites_nothing():
         assert last.splitlines()[: len(first)] == first, "what stood there stands there still"
         assert live not in last
         code, out, _ = terminal("watch", task.id, environ=platform.environ, env={"COLUMNS": "60"})
-    assert code == 0 and masked(last) == masked("\n".join(line.rstrip() for line in out.splitlines())).rstrip("\n")
+    assert code == 0 and masked(last) == masked("\n".join(line.rstrip() for line in out.splitlines())).rstrip(
+        "\n"
+    )
 
 
 @needs_whole_file
@@ -5013,7 +5151,10 @@ def test_the_live_line_counts_on_while_nothing_happens_and_ctrl_c_leaves_a_clean
 def test_escape_sequences_do_not_reach_a_pseudo_terminal(command):
     with local(hostile_agent(HOSTILE)) as platform:
         task = played(platform, title=HOSTILE)
-        with pseudo_terminal(command, *words_of(command, task), environ=platform.environ, width=120) as (process, read):
+        with pseudo_terminal(command, *words_of(command, task), environ=platform.environ, width=120) as (
+            process,
+            read,
+        ):
             screen = Screen(120)
             screen.feed(read())  # fails at a character that would steer it
             assert process.wait(10) == 0 and "owned" in screen.text()
@@ -5027,7 +5168,15 @@ def test_help_fits_a_screen_and_has_an_example_of_each_command():
     code, out, err = terminal("--help")
     lines = out.splitlines()
     assert (code, err) == (0, "") and len(lines) <= 24 and max(map(len, lines)) <= 80
-    for command in ("demo", "run AGENT_ID", "watch TASK_ID", "show TASK_ID", "log TASK_ID", "stop TASK_ID", "list AGENT_ID"):
+    for command in (
+        "demo",
+        "run AGENT_ID",
+        "watch TASK_ID",
+        "show TASK_ID",
+        "log TASK_ID",
+        "stop TASK_ID",
+        "list AGENT_ID",
+    ):
         assert re.search(rf"(xtask|xtask\.py) {command}", out), command
     assert "secret" in out, "it says what --json shows"
     assert terminal("watch", "--help")[0] == 0 and terminal("-h")[1] == out
@@ -5040,15 +5189,24 @@ def test_version_is_the_version_and_the_sha_256_of_the_file_also_out_of_a_zip(tm
     assert (code, [word for word in out.split() if re.fullmatch(r"[\d.]+|[0-9a-f]{64}", word)]) == expected
     with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as bundle:
         bundle.write(FILE, "xtask.py")
-    zipped = run_python("import sys; sys.path.insert(0, sys.argv[1]); import xtask; xtask.main(['--version'])",
-                        str(tmp_path / "bundle.zip"), env={"PYTHONPATH": ""}, cwd=str(tmp_path))
+    zipped = run_python(
+        "import sys; sys.path.insert(0, sys.argv[1]); import xtask; xtask.main(['--version'])",
+        str(tmp_path / "bundle.zip"),
+        env={"PYTHONPATH": ""},
+        cwd=str(tmp_path),
+    )
     assert (zipped.stdout, zipped.stderr) == (out, "")
 
 
 @needs_whole_file
 def test_main_returns_every_code_and_leaves_no_trace_in_the_process(capsys):
     threads = set(threading.enumerate())
-    assert [whole.main(["--version"]), whole.main([]), whole.main(["--help"]), whole.main(["show", "x"])] == [0, 2, 0, 2]
+    assert [whole.main(["--version"]), whole.main([]), whole.main(["--help"]), whole.main(["show", "x"])] == [
+        0,
+        2,
+        0,
+        2,
+    ]
     assert "XPANDER_API_KEY" in capsys.readouterr().err
     assert whole.main(["demo"]) == 0 and set(threading.enumerate()) == threads
 
@@ -5057,7 +5215,7 @@ def test_main_returns_every_code_and_leaves_no_trace_in_the_process(capsys):
 
 
 def readme_blocks(kind):
-    text = README.read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8") if README.exists() else ""  # a copy may be without it
     found = re.finditer(rf"^( *)```{kind}\n(.*?)^\1```$", text, re.S | re.M)
     return [(re.findall(r"^#+ (.*)", text[: block.start()], re.M)[-1], block.group(2)) for block in found]
 
@@ -5081,8 +5239,13 @@ def test_each_python_block_of_the_readme_runs(newcomer, tmp_path, body):
     refused, which a warning tells."""
     script = tmp_path / "script.py"
     script.write_text(body.replace("https://files.example.com", "http://127.0.0.1:9"), encoding="utf-8")
-    ran = subprocess.run([sys.executable, "-S", "-X", "dev", "-W", "error", str(script)], timeout=30, text=True,
-                         env=program_environment(newcomer.environ), capture_output=True)
+    ran = subprocess.run(
+        [sys.executable, "-S", "-X", "dev", "-W", "error", str(script)],
+        timeout=30,
+        text=True,
+        env=program_environment(newcomer.environ),
+        capture_output=True,
+    )
     errors = [line for line in ran.stderr.splitlines() if "trusted_file_hosts" not in line]
     assert (ran.returncode, errors) == (0, []) and ran.stdout.strip()
 
@@ -5093,9 +5256,16 @@ def test_each_command_of_the_readme_runs(newcomer, line):
     """AGENT_ID is any agent, TASK_ID a task that is over; `python3` is this Python."""
     import shlex
 
-    words = {"AGENT_ID": "my-agent", "TASK_ID": played(newcomer).id, "python3": sys.executable, "xtask.py": str(FILE)}
+    words = {
+        "AGENT_ID": "my-agent",
+        "TASK_ID": played(newcomer).id,
+        "python3": sys.executable,
+        "xtask.py": str(FILE),
+    }
     command = [words.get(word, word) for word in shlex.split(line)]
-    ran = subprocess.run(command, timeout=30, text=True, env=program_environment(newcomer.environ), capture_output=True)
+    ran = subprocess.run(
+        command, timeout=30, text=True, env=program_environment(newcomer.environ), capture_output=True
+    )
     assert (ran.returncode, ran.stderr) == (0, "") and ran.stdout.strip()
 
 
@@ -5112,7 +5282,9 @@ def test_the_readme_names_only_what_there_is():
     methods = {name for _, name in re.findall(r"\b(Task|task)\.([a-z]\w*)", text)}
     only_official = {"model_dump"}
     fields = whole.Task.__dataclass_fields__
-    assert [name for name in methods - only_official if not hasattr(whole.Task, name) and name not in fields] == []
+    assert [
+        name for name in methods - only_official if not hasattr(whole.Task, name) and name not in fields
+    ] == []
     import inspect
 
     table = text[text.index("\n## Configuration") : text.index("\n## What it promises")]
