@@ -42,20 +42,19 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
 from typing import (
-    IO, Any, AsyncGenerator, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
-    NamedTuple, NoReturn, Optional, Set, Tuple, Type, TypeVar, Union,
+    Any, AsyncGenerator, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
+    NamedTuple, Optional, Set, Tuple, Type, TypeVar, Union,
 )
 
 __version__ = "1.0.0"
 
 __all__ = [
     "AgentActivityThread", "AgentActivityThreadAuth", "AgentActivityThreadMessage",
-    "AgentActivityThreadMessageContent", "AgentActivityThreadOtherEntry",
-    "AgentActivityThreadReasoning", "AgentActivityThreadReasoningType",
-    "AgentActivityThreadSubAgentTrigger", "AgentActivityThreadToolCall", "AgentExecutionInput",
-    "AgentExecutionStatus", "Configuration", "ModuleException", "OutputFormat",
-    "ServerSentEvent", "Task", "TasksListItem", "TaskUpdateEvent", "TaskUpdateEventType",
-    "ToolCallRequest", "ToolCallRequestReasoning", "ToolCallResult", "User", "iter_sse",
+    "AgentActivityThreadMessageContent", "AgentActivityThreadOtherEntry", "AgentActivityThreadReasoning",
+    "AgentActivityThreadReasoningType", "AgentActivityThreadSubAgentTrigger", "AgentActivityThreadToolCall",
+    "AgentExecutionInput", "AgentExecutionStatus", "Configuration", "ModuleException", "OutputFormat",
+    "ServerSentEvent", "Task", "TasksListItem", "TaskUpdateEvent", "TaskUpdateEventType", "ToolCallRequest",
+    "ToolCallRequestReasoning", "ToolCallResult", "User", "iter_sse",
 ]
 
 # ---------------------------------------------------------------------------
@@ -95,10 +94,8 @@ class ModuleException(Exception):
         self, status_code: int, description: str, details: Any = None, answered: bool = True
     ) -> None:
         super().__init__(status_code, description, details, answered)
-        self.status_code = status_code
-        self.description = description
-        self.details = details
-        self.answered = answered
+        self.status_code, self.description = status_code, description
+        self.details, self.answered = details, answered
 
     def __str__(self) -> str:
         return f"[{self.status_code}] {self.description}"
@@ -213,31 +210,20 @@ class AgentActivityThreadReasoningType(_OpenEnum):
 
 _R = TypeVar("_R", bound="_Record")
 _T = TypeVar("_T")
-_Load = Callable[[Any], Any]
 _Time = Union[datetime, str, None]
-
-# RFC 3339, section 5.6, with the zone left out at times and up to nine digits of a fraction
-_RFC3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?([Zz]|[+-]\d\d:\d\d)?", re.ASCII
-)
 
 
 def _time(value: Any) -> Any:
     """An aware datetime (no zone means UTC); what does not parse stays as it came."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.isascii():
         return value
+    spelled = value[:-1] + "+00:00" if value.endswith(("Z", "z")) else value
+    if sys.version_info < (3, 11):  # where a fraction has 3 or 6 digits, elsewhere any number
+        spelled = re.sub(r"\.\d+", lambda fraction: f"{fraction[0]:0<7}"[:7], spelled)
     try:
-        moment = datetime.fromisoformat(value[:-1] + "+00:00" if value.endswith("Z") else value)
-    except ValueError:  # before Python 3.11 for any fraction but of 3 or 6 digits
-        match = _RFC3339.fullmatch(value)
-        if not match:
-            return value
-        day, clock, fraction, zone = match.groups()
-        zone = "+00:00" if zone in (None, "Z", "z") else zone
-        try:
-            moment = datetime.fromisoformat(f"{day}T{clock}.{(fraction or '0')[:6]:0<6}{zone}")
-        except ValueError:
-            return value
+        moment = datetime.fromisoformat(spelled)
+    except ValueError:
+        return value
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
@@ -257,43 +243,33 @@ def _plain(value: Any) -> Any:
 
 
 class _Plan(NamedTuple):
-    """How the records of a class are read and written."""
+    """How the records of a class are read and written, by the names of the fields."""
 
-    loads: Dict[str, Optional[_Load]]  # what converts the JSON value of each field, if anything
+    loads: Dict[str, Optional[Callable[[Any], Any]]]  # what converts the JSON value, if anything
     defaults: Dict[str, Any]
-    factories: List[Tuple[str, Callable[[], Any]]]
+    factories: Dict[str, Callable[[], Any]]  # of the defaults that no two records may share
 
 
 _plans: Dict[type, _Plan] = {}
 
 
 def _plan(cls: type) -> _Plan:
-    plan = _plans.get(cls)
-    if plan is None:
-        plan = _plans[cls] = _Plan({}, {}, [])
-        for f in dataclasses.fields(cls):
-            if f.name in ("extra", "raw"):
-                continue
-            plan.loads[f.name] = f.metadata.get("load")
-            plan.defaults[f.name] = None if f.default is dataclasses.MISSING else f.default
-            if f.default_factory is not dataclasses.MISSING:
-                plan.factories.append((f.name, f.default_factory))
-    return plan
+    if cls in _plans:
+        return _plans[cls]
+    fields = [f for f in dataclasses.fields(cls) if f.name not in ("extra", "raw")]
+    missing = dataclasses.MISSING
+    factories = {f.name: f.default_factory for f in fields if f.default_factory is not missing}
+    defaults = {f.name: None if f.default is missing else f.default for f in fields}
+    defaults.update((name, factory()) for name, factory in factories.items())
+    loads = {f.name: f.metadata.get("load") for f in fields}
+    return _plans.setdefault(cls, _Plan(loads, defaults, factories))
 
 
-def _as(load: _Load, default: Any = None) -> Any:
-    """A dataclass field whose JSON value is converted by `load` (None stays None)."""
-    return field(default=default, metadata={"load": load})
-
-
-def _as_record(cls: Type[_R], default: Any = None) -> Any:
-    """A field that holds a record; anything but a JSON object stays as it came."""
-    return _as(lambda value: cls.from_dict(value) if isinstance(value, dict) else value, default)
-
-
-def _as_enum(cls: Type[Enum], default: Any = None) -> Any:
-    """A field that holds an enum; anything but a string stays as it came."""
-    return _as(lambda value: cls(value) if isinstance(value, str) else value, default)
+def _as(load: Callable[[Any], Any], kind: type = str) -> Any:
+    """A field whose JSON value is converted by `load` if it is of that kind, else stays as it came."""
+    return field(
+        default=None, metadata={"load": lambda value: load(value) if isinstance(value, kind) else value}
+    )
 
 
 class _Record:
@@ -301,6 +277,7 @@ class _Record:
 
     extra: Dict[str, Any]
     _wire: Mapping[str, Any] = {}  # the object as it came: which keys, and how times were spelled
+    _configuration: Optional[Configuration] = None  # which it was loaded with, if it can load more
 
     @classmethod
     def from_dict(cls: Type[_R], data: Mapping[str, Any]) -> _R:
@@ -309,7 +286,7 @@ class _Record:
         self = cls.__new__(cls)
         state = self.__dict__
         state.update(defaults)
-        for name, factory in factories:
+        for name, factory in factories.items():
             state[name] = factory()
         extra = state["extra"] = {}
         state["_wire"] = data
@@ -323,16 +300,13 @@ class _Record:
 
     def to_dict(self) -> Dict[str, Any]:
         """The JSON object: every key that came, and every field that is set."""
-        loads, defaults, factories = _plan(type(self))
-        unset = {**defaults, **{name: factory() for name, factory in factories}}
         wire = self._wire
         out: Dict[str, Any] = {}
-        for name, load in loads.items():
+        for name, default in _plan(type(self)).defaults.items():
             value = getattr(self, name)
-            if name in wire and load and isinstance(value, datetime) and load(wire[name]) == value:
-                out[name] = wire[name]  # the server's own spelling
-            elif name in wire or value != unset[name]:
-                out[name] = _plain(value)
+            if name in wire or value != default:
+                unchanged = isinstance(value, datetime) and value == _time(wire.get(name))
+                out[name] = wire[name] if unchanged else _plain(value)  # times in the server's spelling
         return {**out, **_plain(self.extra)}
 
     def __repr__(self) -> str:
@@ -360,7 +334,7 @@ class AgentExecutionInput(_Record):
 
     text: Optional[str] = None
     files: Optional[List[str]] = None
-    user: Optional[User] = _as_record(User)
+    user: Optional[User] = _as(User.from_dict, dict)
     extra: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -383,7 +357,7 @@ class ToolCallRequest(_Record):
     graph_node_id: Optional[str] = None
     tool_name: Optional[str] = None
     payload: Any = None
-    reasoning: Optional[ToolCallRequestReasoning] = _as_record(ToolCallRequestReasoning)
+    reasoning: Optional[ToolCallRequestReasoning] = _as(ToolCallRequestReasoning.from_dict, dict)
     plan_task_id: Optional[str] = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
@@ -411,105 +385,85 @@ class AgentActivityThreadMessageContent(_Record):
 
 
 @dataclass(repr=False)
-class AgentActivityThreadMessage(_Record):
-    """What the user (`role` "user") or the agent (`role` "agent") said."""
+class _Entry(_Record):
+    """What all parts of an activity log have."""
 
     id: str
     created_at: _Time = _as(_time)
-    role: str = ""
-    content: AgentActivityThreadMessageContent = _as_record(AgentActivityThreadMessageContent)
     extra: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(repr=False)
-class AgentActivityThreadToolCall(_Record):
+class AgentActivityThreadMessage(_Entry):
+    """What the user (`role` "user") or the agent (`role` "agent") said."""
+
+    role: str = ""
+    content: AgentActivityThreadMessageContent = _as(AgentActivityThreadMessageContent.from_dict, dict)
+
+
+@dataclass(repr=False)
+class AgentActivityThreadToolCall(_Entry):
     """A tool that was called, with its result."""
 
-    id: str
-    created_at: _Time = _as(_time)
     tool_name: str = ""
     payload: Any = None
     is_error: Optional[bool] = None
-    reasoning: Optional[ToolCallRequestReasoning] = _as_record(ToolCallRequestReasoning)
+    reasoning: Optional[ToolCallRequestReasoning] = _as(ToolCallRequestReasoning.from_dict, dict)
     result: Any = None
-    extra: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(repr=False)
-class AgentActivityThreadReasoning(_Record):
+class AgentActivityThreadReasoning(_Entry):
     """A thought of the agent."""
 
-    id: str
-    created_at: _Time = _as(_time)
-    type: AgentActivityThreadReasoningType = _as_enum(AgentActivityThreadReasoningType)
+    type: AgentActivityThreadReasoningType = _as(AgentActivityThreadReasoningType)
     title: Optional[str] = None
     confidence: Optional[float] = None
     thought: Optional[str] = None
     action: Optional[str] = None
     result: Optional[str] = None
     analysis: Optional[str] = None
-    extra: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(repr=False)
-class AgentActivityThreadSubAgentTrigger(_Record):
+class AgentActivityThreadSubAgentTrigger(_Entry):
     """Another agent that was asked."""
 
-    id: str
-    created_at: _Time = _as(_time)
     agent_id: Optional[str] = None
     query: str = ""
     files: Optional[List[str]] = None
-    reasoning: Optional[ToolCallRequestReasoning] = _as_record(ToolCallRequestReasoning)
-    extra: Dict[str, Any] = field(default_factory=dict)
+    reasoning: Optional[ToolCallRequestReasoning] = _as(ToolCallRequestReasoning.from_dict, dict)
 
 
 @dataclass(repr=False)
-class AgentActivityThreadAuth(_Record):
+class AgentActivityThreadAuth(_Entry):
     """A login: `type` is not_supported, login_required, token_issue or token_ready."""
 
-    id: str
-    created_at: _Time = _as(_time)
     type: str = ""
     data: Any = None
-    extra: Dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(repr=False)
-class AgentActivityThreadOtherEntry(_Record):
+class AgentActivityThreadOtherEntry(_Entry):
     """An entry of a kind that is newer than this file: all of it but two keys is in `extra`."""
 
-    id: str
-    created_at: _Time = _as(_time)
-    extra: Dict[str, Any] = field(default_factory=dict)
 
-
-_Entry = Union[
-    AgentActivityThreadMessage, AgentActivityThreadToolCall, AgentActivityThreadReasoning,
-    AgentActivityThreadSubAgentTrigger, AgentActivityThreadAuth, AgentActivityThreadOtherEntry,
-]
-_AUTH_TYPES = ("not_supported", "login_required", "token_issue", "token_ready")
-_REASONING_TEXTS = ("title", "thought", "action", "result", "analysis")
-
-
-def _entry_class(entry: Mapping[str, Any]) -> Type[_Record]:
+def _entry_class(entry: Mapping[str, Any]) -> Type[_Entry]:
     """The kind of an entry: nothing but its keys tells it, the first match in this order."""
     kind = entry.get("type")
+    found: Type[_Entry] = AgentActivityThreadAuth
     if "role" in entry and "content" in entry:
+        found = AgentActivityThreadMessage
         fits = entry["role"] in ("user", "agent") and isinstance(entry["content"], dict)
-        return AgentActivityThreadMessage if fits else AgentActivityThreadOtherEntry
-    if "tool_name" in entry:
-        fits = isinstance(entry["tool_name"], str)
-        return AgentActivityThreadToolCall if fits else AgentActivityThreadOtherEntry
-    if kind == "think" or kind == "analyze":
-        fits = all(isinstance(entry.get(name), (str, type(None))) for name in _REASONING_TEXTS)
-        return AgentActivityThreadReasoning if fits else AgentActivityThreadOtherEntry
-    if "query" in entry:
-        fits = isinstance(entry["query"], str)
-        return AgentActivityThreadSubAgentTrigger if fits else AgentActivityThreadOtherEntry
-    if isinstance(kind, str) and kind in _AUTH_TYPES and "data" in entry:
-        return AgentActivityThreadAuth
-    return AgentActivityThreadOtherEntry
+    elif "tool_name" in entry:
+        found, fits = AgentActivityThreadToolCall, isinstance(entry["tool_name"], str)
+    elif kind in ("think", "analyze"):
+        texts = map(entry.get, ("title", "thought", "action", "result", "analysis"))
+        found, fits = AgentActivityThreadReasoning, all(isinstance(t, (str, type(None))) for t in texts)
+    elif "query" in entry:
+        found, fits = AgentActivityThreadSubAgentTrigger, isinstance(entry["query"], str)
+    else:
+        fits = "data" in entry and kind in ("not_supported", "login_required", "token_issue", "token_ready")
+    return found if fits else AgentActivityThreadOtherEntry
 
 
 def _entries(value: Any) -> Any:
@@ -519,14 +473,11 @@ def _entries(value: Any) -> Any:
 
 
 @dataclass(repr=False)
-class AgentActivityThread(_Record):
+class AgentActivityThread(_Entry):
     """What a task did: its `messages`, oldest first. Route: GET /activity/{agent_id}/{task_id}."""
 
-    id: str
-    created_at: _Time = _as(_time)
     messages: List[_Entry] = field(default_factory=list, metadata={"load": _entries})
-    user: Optional[User] = _as_record(User)
-    extra: Dict[str, Any] = field(default_factory=dict)
+    user: Optional[User] = _as(User.from_dict, dict)
 
 
 # ---------------------------------------------------------------------------
@@ -534,13 +485,8 @@ class AgentActivityThread(_Record):
 # ---------------------------------------------------------------------------
 
 
-def _environment(name: str) -> Optional[str]:
-    return os.environ.get(name, "").strip() or None
-
-
-def _default_base_url() -> str:
-    staging = (_environment("IS_STG") or "").lower() == "true"
-    return "https://inbound.stg.xpander.ai" if staging else "https://inbound.xpander.ai"
+def _setting(given: Optional[str], variable: str) -> Optional[str]:
+    return (given or "").strip() or os.environ.get(variable, "").strip() or None
 
 
 # Neither "@" (a user name), nor "%" and "\\", which parsers of URLs read in two ways
@@ -552,7 +498,7 @@ def _clean_base_url(url: str) -> str:
     parts = urllib.parse.urlsplit(url if "://" in url else "https://" + url)
     if parts.scheme not in ("http", "https") or not _HOST_AND_PORT.fullmatch(parts.netloc):
         raise ValueError("base_url must be an http or https URL with a host and no user name")
-    parts.port  # raises ValueError for one that is no number
+    _ = parts.port  # raises ValueError for one that is no number
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
@@ -563,9 +509,8 @@ class Configuration:
     Unset values come from XPANDER_API_KEY, XPANDER_ORGANIZATION_ID and XPANDER_BASE_URL, when the
     object is made. `timeout`: the longest single wait for the network, in seconds. `max_retries`:
     further tries of a request, in a row. `idle_timeout`: seconds of silence after which a stream
-    is opened anew. `ssl_context`: instead of `ssl.create_default_context()`.
-    `trusted_file_hosts`: hosts from which files are fetched although their address is not public.
-    A pickle carries the key.
+    is opened anew. `ssl_context`: instead of `ssl.create_default_context()`. `trusted_file_hosts`:
+    hosts to fetch files from although their address is not public. A pickle carries the key.
     """
 
     api_key: Optional[str] = field(repr=False)
@@ -578,39 +523,27 @@ class Configuration:
     trusted_file_hosts: Tuple[str, ...]
 
     def __init__(
-        self,
-        api_key: Optional[str] = None,
-        organization_id: Optional[str] = None,
-        base_url: Optional[str] = None,
-        *,
-        timeout: float = 60.0,
-        max_retries: int = 2,
-        idle_timeout: float = 90.0,
-        ssl_context: Optional[ssl.SSLContext] = None,
+        self, api_key: Optional[str] = None, organization_id: Optional[str] = None,
+        base_url: Optional[str] = None, *, timeout: float = 60.0, max_retries: int = 2,
+        idle_timeout: float = 90.0, ssl_context: Optional[ssl.SSLContext] = None,
         trusted_file_hosts: Iterable[str] = (),
     ) -> None:
-        api_key = (api_key or "").strip() or _environment("XPANDER_API_KEY")
-        organization_id = (organization_id or "").strip() or _environment("XPANDER_ORGANIZATION_ID")
-        base_url = (base_url or "").strip() or _environment("XPANDER_BASE_URL") or _default_base_url()
+        api_key = _setting(api_key, "XPANDER_API_KEY")
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("api_key must be printable ASCII: look for stray characters around it")
+        staging = "stg." if os.environ.get("IS_STG", "").strip().lower() == "true" else ""
+        root = _setting(base_url, "XPANDER_BASE_URL") or f"https://inbound.{staging}xpander.ai"
         hosts = [trusted_file_hosts] if isinstance(trusted_file_hosts, str) else trusted_file_hosts
         self.__dict__.update(  # frozen: setting an attribute would raise
-            api_key=api_key,
-            organization_id=organization_id,
-            base_url=_clean_base_url(base_url),
-            timeout=timeout,
-            max_retries=max_retries,
-            idle_timeout=idle_timeout,
-            ssl_context=ssl_context,
+            api_key=api_key, organization_id=_setting(organization_id, "XPANDER_ORGANIZATION_ID"),
+            base_url=_clean_base_url(root), timeout=timeout, max_retries=max_retries,
+            idle_timeout=idle_timeout, ssl_context=ssl_context,
             trusted_file_hosts=tuple(host.lower() for host in hosts),
         )
 
     def close(self) -> None:
         """Close the idle connections. The configuration stays usable."""
-        transport = self.__dict__.get("_transport")
-        if transport:
-            transport.close()
+        self._wires.close()
 
     def __enter__(self) -> Configuration:
         return self
@@ -626,28 +559,28 @@ class Configuration:
 
     @property
     def _wires(self) -> _Transport:
-        transport = self.__dict__.get("_transport")
+        transport: Optional[_Transport] = self.__dict__.get("_transport")
         # setdefault is atomic: of two threads that come here at once, both get the same one
-        return transport or self.__dict__.setdefault("_transport", _Transport(self))  # type: ignore[no-any-return]
-
-    @property
-    def _is_controller(self) -> bool:
-        parts = urllib.parse.urlsplit(self.base_url)
-        by_path = parts.path.split("/")[1:2] == ["agent-controller"]
-        return "agent-controller" in (parts.hostname or "") or parts.port == 9016 or by_path
+        return transport or self.__dict__.setdefault("_transport", _Transport(self))
 
     def _organization(self, fallback: Optional[str] = None) -> str:
         organization = self.organization_id or fallback
         if not organization:
-            raise ModuleException(
-                400, "No organization: set XPANDER_ORGANIZATION_ID or organization_id", answered=False
-            )
+            reason = "No organization: set XPANDER_ORGANIZATION_ID or organization_id"
+            raise ModuleException(400, reason, answered=False)
         return _quote(organization, "organization_id")
 
     def _api_url(self, *path: str) -> str:
         """A route under the API root; an agent controller has the organization in it."""
-        root = [self.base_url, self._organization()] if self._is_controller else [self.base_url]
-        return "/".join([*root, *path])
+        parts = urllib.parse.urlsplit(self.base_url)
+        controller = "agent-controller" in (parts.hostname or "") or parts.port == 9016
+        if controller or parts.path.split("/")[1:2] == ["agent-controller"]:
+            path = (self._organization(), *path)
+        return "/".join([self.base_url, *path])
+
+    def _call(self, method: str, *path: str, **options: Any) -> _Answer:
+        """What the API answers to a request, under its retry rules."""
+        return self._wires.call(method, self._api_url(*path), **options)
 
     def _events_url(self, task: Task) -> str:
         """The route of a task's events: another host for the cloud, another port for local work."""
@@ -668,12 +601,9 @@ _ENVIRONMENT = ("XPANDER_API_KEY", "XPANDER_ORGANIZATION_ID", "XPANDER_BASE_URL"
 def _default_configuration() -> Configuration:
     """The one configuration of this environment, so that calls in a loop share a connection."""
     key = tuple(map(os.environ.get, _ENVIRONMENT))
-    found = _shared.get(key)
-    if not found:
-        if len(_shared) >= 16:
-            _shared.clear()  # an environment that keeps changing must not fill the memory
-        found = _shared.setdefault(key, Configuration())
-    return found
+    if len(_shared) >= 16 and key not in _shared:
+        _shared.clear()  # an environment that keeps changing must not fill the memory
+    return _shared.get(key) or _shared.setdefault(key, Configuration())
 
 
 def _quote(value: str, name: str) -> str:
@@ -681,6 +611,11 @@ def _quote(value: str, name: str) -> str:
     if not isinstance(value, str) or not value.strip() or value in (".", ".."):
         raise ValueError(f"{name} must be a string that is not empty")
     return urllib.parse.quote(value, safe="")
+
+
+def _given(values: Mapping[str, Any]) -> Dict[str, Any]:
+    """The values that are not None, as JSON."""
+    return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 # ---------------------------------------------------------------------------
@@ -704,7 +639,7 @@ class TasksListItem(_Record):
     id: str
     agent_id: Optional[str] = None
     organization_id: Optional[str] = None
-    status: Optional[AgentExecutionStatus] = _as_enum(AgentExecutionStatus)
+    status: Optional[AgentExecutionStatus] = _as(AgentExecutionStatus)
     user_id: Optional[str] = None
     parent_task_id: Optional[str] = None
     triggering_agent_id: Optional[str] = None
@@ -717,7 +652,7 @@ class TasksListItem(_Record):
 
     def load(self) -> Task:
         """The whole task, with the configuration of the list."""
-        return Task.load(self.id, self.__dict__.get("_configuration"))
+        return Task.load(self.id, self._configuration)
 
     async def aload(self) -> Task:
         """`load`, async."""
@@ -735,13 +670,13 @@ class Task(_Record):
     id: str
     agent_id: str
     organization_id: str
-    input: AgentExecutionInput = _as_record(AgentExecutionInput)
+    input: AgentExecutionInput = _as(AgentExecutionInput.from_dict, dict)
     created_at: _Time = _as(_time)
     updated_at: _Time = _as(_time)
     started_at: _Time = _as(_time)
     paused_at: _Time = _as(_time)
     finished_at: _Time = _as(_time)
-    status: Optional[AgentExecutionStatus] = _as_enum(AgentExecutionStatus)
+    status: Optional[AgentExecutionStatus] = _as(AgentExecutionStatus)
     internal_status: Optional[str] = None
     result: Optional[str] = None
     title: Optional[str] = None
@@ -762,19 +697,19 @@ class Task(_Record):
     disable_attachment_injection: Optional[bool] = False
     payload_extension: Optional[Dict[str, Any]] = None
     output_schema: Optional[Dict[str, Any]] = None
-    output_format: Optional[OutputFormat] = _as_enum(OutputFormat)
+    output_format: Optional[OutputFormat] = _as(OutputFormat)
     think_mode: Optional[str] = None
     mcp_servers: Optional[List[Dict[str, Any]]] = field(default_factory=list)
     hitl_request: Optional[Dict[str, Any]] = None
     pending_eca_request: Optional[Dict[str, Any]] = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
+    _told_text = "{}"  # what the server last told (no field: it has no annotation)
+
     # -- as data
 
     @classmethod
-    def from_dict(
-        cls, data: Mapping[str, Any], configuration: Optional[Configuration] = None
-    ) -> Task:
+    def from_dict(cls, data: Mapping[str, Any], configuration: Optional[Configuration] = None) -> Task:
         """The task of a JSON object, as the server last told it: `save()` compares with this."""
         told = json.dumps(data)
         return cls._from_told(json.loads(told), told, configuration)  # shares nothing with `data`
@@ -807,11 +742,11 @@ class Task(_Record):
     @property
     def configuration(self) -> Configuration:
         """What the calls of this task use: the one it was made with, else the environment's."""
-        return self.__dict__.get("_configuration") or _default_configuration()
+        return self._configuration or _default_configuration()
 
     @configuration.setter
     def configuration(self, configuration: Optional[Configuration]) -> None:
-        self.__dict__["_configuration"] = configuration
+        self._configuration = configuration
 
     @property
     def is_finished(self) -> bool:
@@ -838,13 +773,8 @@ class Task(_Record):
 
     @classmethod
     def create(
-        cls,
-        agent_id: str,
-        prompt: str = "",
-        file_urls: Optional[List[str]] = None,
-        *,
-        configuration: Optional[Configuration] = None,
-        **options: Any,
+        cls, agent_id: str, prompt: str = "", file_urls: Optional[List[str]] = None, *,
+        configuration: Optional[Configuration] = None, **options: Any,
     ) -> Task:
         """A new task for an agent. Route: POST /agent-execution/{agent_id}, sent once.
 
@@ -854,33 +784,23 @@ class Task(_Record):
         """
         if not (prompt or file_urls or options.get("id")):
             raise ValueError("a task needs a prompt, file_urls or the id of a task to continue")
-        configuration = configuration or _default_configuration()
-        url = configuration._api_url("agent-execution", _quote(agent_id, "agent_id"))
-        asked = {"text": prompt, "files": file_urls or None, "user": options.pop("user", None)}
+        asked = _given({"text": prompt, "files": file_urls or None, "user": options.pop("user", None)})
         version = options.pop("agent_version", None)
-        body = {"input": {k: v for k, v in asked.items() if v is not None}, **options}
-        answer = configuration._wires.call(
-            "POST",
-            url,
-            _plain({key: value for key, value in body.items() if value is not None}),
+        configuration = configuration or _default_configuration()
+        answer = configuration._call(
+            "POST", "agent-execution", _quote(agent_id, "agent_id"), body=_given({"input": asked, **options}),
             headers={} if version is None else {"x-agent-version": str(version)},
         )
         return cls._from_answer(answer, configuration)
 
     @classmethod
     async def acreate(
-        cls,
-        agent_id: str,
-        prompt: str = "",
-        file_urls: Optional[List[str]] = None,
-        *,
-        configuration: Optional[Configuration] = None,
-        **options: Any,
+        cls, agent_id: str, prompt: str = "", file_urls: Optional[List[str]] = None, *,
+        configuration: Optional[Configuration] = None, **options: Any,
     ) -> Task:
         """`create`, async."""
-        return await _in_thread(
-            cls.create, agent_id, prompt, file_urls, configuration=configuration, **options
-        )
+        options["configuration"] = configuration
+        return await _in_thread(cls.create, agent_id, prompt, file_urls, **options)
 
     @classmethod
     def list(
@@ -891,18 +811,15 @@ class Task(_Record):
         Filters: `user_id`, `parent_task_id`, `triggering_agent_id`, `status`, `internal_status`.
         """
         configuration = configuration or _default_configuration()
-        agent = _quote(agent_id, "agent_id")
-        url = configuration._api_url("agent-execution", "executions", "history", agent)
-        query = {key: _plain(value) for key, value in filters.items() if value is not None}
-        answer = configuration._wires.call(
-            "GET", url + ("?" + urllib.parse.urlencode(query) if query else "")
-        )
+        url = configuration._api_url("agent-execution", "executions", "history", _quote(agent_id, "agent_id"))
+        query = urllib.parse.urlencode(_given(filters))
+        answer = configuration._wires.call("GET", f"{url}?{query}" if query else url)
         found = answer.value
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
             raise answer.unexpected("a list of objects")
         items = [TasksListItem.from_dict(item) for item in found]
         for item in items:
-            item.__dict__["_configuration"] = configuration
+            item._configuration = configuration
         return items
 
     @classmethod
@@ -921,24 +838,22 @@ class Task(_Record):
         save is under way stays changed. With nothing to send it reloads. A failed save keeps the
         changes for the next one. Route: PATCH /agent-execution/{task_id}/update.
         """
-        return self._save(self._changes())
+        return self._save()
 
     async def asave(self) -> Task:
         """`save`, async."""
         return await _in_thread(self.save)
 
-    def set_status(
-        self, status: Union[AgentExecutionStatus, str], result: Optional[str] = None
-    ) -> Task:
+    def set_status(self, status: Union[AgentExecutionStatus, str], result: Optional[str] = None) -> Task:
         """Send the status, the result if given, and all other unsaved changes."""
         if status not in list(AgentExecutionStatus):
             known = ", ".join(AgentExecutionStatus)
             raise ValueError(f"{str(status)!r} is not a status: use one of {known}")
         self.status = AgentExecutionStatus(status)
-        changes: Dict[str, Any] = {"status": self.status.value}
-        if result is not None:
-            self.result = changes["result"] = result
-        return self._save({**self._changes(), **changes})
+        if result is None:
+            return self._save("status")
+        self.result = result
+        return self._save("status", "result")
 
     async def aset_status(
         self, status: Union[AgentExecutionStatus, str], result: Optional[str] = None
@@ -948,9 +863,7 @@ class Task(_Record):
 
     def stop(self) -> Task:
         """Stop the task and take its new status. Route: DELETE /agent-execution/{task_id}."""
-        answer = self.configuration._wires.call("DELETE", self._url())
-        # nothing (204), or "not there" to a second try after the first one was lost: ask
-        return self.reload() if answer.value is None else self._take(answer)
+        return self._take(self.configuration._call("DELETE", "agent-execution", _quote(self.id, "task id")))
 
     async def astop(self) -> Task:
         """`stop`, async."""
@@ -958,7 +871,7 @@ class Task(_Record):
 
     def reload(self) -> Task:
         """The server's state, into this object. Unsaved changes are dropped."""
-        return self._replace(self._fetch(self.id, self.configuration))
+        return self._take(None)
 
     async def areload(self) -> Task:
         """`reload`, async."""
@@ -1003,11 +916,8 @@ class Task(_Record):
 
     def get_activity_log(self) -> AgentActivityThread:
         """What the task did. None yet: `ModuleException` 404. Route: GET /activity/{agent}/{task}."""
-        configuration = self.configuration
-        url = configuration._api_url(
-            "activity", _quote(self.agent_id, "agent_id"), _quote(self.id, "task id")
-        )
-        answer = configuration._wires.call("GET", url)
+        ids = (_quote(self.agent_id, "agent_id"), _quote(self.id, "task id"))
+        answer = self.configuration._call("GET", "activity", *ids)
         if answer.value is None:
             raise ModuleException(404, "No activity log yet")
         if not isinstance(answer.value, dict):
@@ -1089,51 +999,41 @@ class Task(_Record):
         urls = [url for url in files if isinstance(url, str)] if isinstance(files, list) else []
         return urls if kind is None else [url for url in urls if _extension(url) in kind]
 
-    def _url(self, *path: str) -> str:
-        return self.configuration._api_url("agent-execution", _quote(self.id, "task id"), *path)
-
     def _check_streaming(self) -> None:
         if not self.events_streaming:
-            raise ValueError(
-                "this task has no events: create it with events_streaming=True, or wait_finished()"
-            )
+            raise ValueError("no events: create the task with events_streaming=True, or wait_finished()")
 
     @classmethod
-    def _fetch(
-        cls, task_id: str, configuration: Configuration, line: Optional[_Line] = None
-    ) -> Task:
-        url = configuration._api_url("agent-execution", _quote(task_id, "task id"), "status")
-        answer = configuration._wires.call("GET", url, line=line)
+    def _fetch(cls, task_id: str, configuration: Configuration, line: Optional[_Line] = None) -> Task:
+        route = ("agent-execution", _quote(task_id, "task id"), "status")
+        answer = configuration._call("GET", *route, line=line)
         return cls._from_answer(answer, configuration)
-
-    def _changes(self) -> Dict[str, Any]:
-        """The top-level fields that differ, as JSON, from what the server last told."""
-        return _difference(self._told(), self.to_dict())
 
     def _told(self) -> Dict[str, Any]:
         """What the server last told: parsed only when it is asked for."""
-        return json.loads(self.__dict__.get("_told_text", "{}"))  # type: ignore[no-any-return]
+        return json.loads(self._told_text)  # type: ignore[no-any-return]
 
-    def _save(self, changes: Dict[str, Any]) -> Task:
+    def _save(self, *always: str) -> Task:
+        """Send the fields that differ from what the server last told, and those named here."""
         if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
             raise ValueError("internal_status has more than the 255 characters the platform takes")
+        before = self.to_dict()
+        told = {name: value for name, value in self._told().items() if name not in always}
+        changes = _difference(told, before)
         if not changes:
             return self.reload()
-        before = self.to_dict()
-        answer = self.configuration._wires.call("PATCH", self._url("update"), changes)
-        if answer.value is None:  # saved, but nothing told
-            return self._replace(self._fetch(self.id, self.configuration), before)
-        return self._take(answer, before)
+        route = ("agent-execution", _quote(self.id, "task id"), "update")
+        return self._take(self.configuration._call("PATCH", *route, body=changes), before)
 
-    def _take(self, answer: _Answer, before: Optional[Dict[str, Any]] = None) -> Task:
-        return self._replace(self._from_answer(answer, self.configuration), before)
-
-    def _replace(self, newer: Task, before: Optional[Dict[str, Any]] = None) -> Task:
-        """Become the newer one, but for the fields that were changed since `before`."""
+    def _take(self, answer: Optional[_Answer], before: Optional[Dict[str, Any]] = None) -> Task:
+        """Become the task of the answer, but for the fields that were changed since `before`."""
+        if answer is None or answer.value is None:  # no body, or a stop found nothing: ask
+            newer = self._fetch(self.id, self.configuration)
+        else:
+            newer = self._from_answer(answer, self.configuration)
         old = {**self.__dict__, **self.extra}
         meanwhile = _difference(before, self.to_dict()) if before else {}
-        configuration = self.__dict__.get("_configuration")
-        self.__dict__.update(newer.__dict__, _configuration=configuration)
+        self.__dict__.update(newer.__dict__, _configuration=self._configuration)
         for name in meanwhile:
             home = self.__dict__ if name in _plan(Task).defaults else self.extra
             home[name] = old[name]
@@ -1154,10 +1054,10 @@ class Task(_Record):
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, Any]:
     """The items of `new` that differ from `old` as JSON: True is not 1, key order does not count."""
 
-    def same(a: Any, b: Any) -> bool:
-        return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    def text(value: Any) -> str:
+        return json.dumps(value, sort_keys=True)
 
-    return {k: v for k, v in new.items() if k not in old or not same(old[k], v)}
+    return {k: v for k, v in new.items() if k not in old or text(old[k]) != text(v)}
 
 
 # ---------------------------------------------------------------------------
@@ -1166,6 +1066,10 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, Any
 
 _BROKEN = (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, socket.gaierror)
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
+# Of a request that is under way; ValueError: a host or a port, of a redirect too, that is none
+_FAILURES = (OSError, http.client.HTTPException, ValueError)
+_CHUNK_HEAD = re.compile(rb"[\r\n]*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
+_Headers = Mapping[str, str]
 
 
 def _wait(seconds: float, line: Optional[_Line] = None) -> None:
@@ -1179,25 +1083,21 @@ class _Line:
     def __init__(self) -> None:
         self.hung_up = threading.Event()
         self.connected = False
-        self._socket: Optional[socket.socket] = None
+        self.socket: Optional[socket.socket] = None
 
     def hold(self, sock: socket.socket) -> None:
-        self._socket = sock
+        self.socket = sock
         if self.hung_up.is_set():
             raise ConnectionAbortedError("the stream was left")
 
-    def release(self) -> None:
-        self._socket = None
-
     def hang_up(self) -> None:
         self.hung_up.set()
-        if self._socket:
-            try:
-                # close() would not wake a blocked read. Past SSLSocket's own shutdown(), which
-                # takes the TLS layer away under the thread that reads.
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-            except OSError:
-                pass  # not connected any more, or not yet: then hold() comes
+        sock = self.socket
+        if sock:
+            # close() would not wake a blocked read, and SSLSocket's own shutdown() takes the TLS layer
+            # away under the thread that reads
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class _Request(urllib.request.Request):
@@ -1205,14 +1105,11 @@ class _Request(urllib.request.Request):
 
     guarded = False  # the URL is a stranger's: judge each address before connecting
     proxied = False
-    tunnel_headers: Mapping[str, str] = {}  # what the proxy alone may see
     keep = False  # over a kept connection, which is kept again
     hops = 0
 
-    def __init__(
-        self, method: str, url: str, headers: Mapping[str, str], line: _Line, data: Optional[bytes] = None
-    ) -> None:
-        super().__init__(url, data, method=method)
+    def __init__(self, method: str, url: str, headers: _Headers, line: _Line) -> None:
+        super().__init__(url, method=method)
         self.line = line
         self.place = urllib.parse.urlsplit(url).netloc  # `host` is the proxy's when there is one
         for name, value in headers.items():
@@ -1221,16 +1118,17 @@ class _Request(urllib.request.Request):
     def set_proxy(self, host: str, type: str) -> None:
         super().set_proxy(host, type)
         self.proxied = True
-        password = self.get_header("Proxy-authorization")
-        if password and self.type == "https":
-            self.remove_header("Proxy-authorization")
-            self.tunnel_headers = {"Proxy-Authorization": password}
+
+    @property
+    def route(self) -> Tuple[str, str, str]:
+        """What must be equal for a connection to serve two requests."""
+        return self.type, self.host, self.place
 
 
 class _Response(http.client.HTTPResponse):
-    connection: Optional[_Connection] = None  # that may be kept, once the body is read
+    connection: _Connection
     left = 0  # bytes that are still to come of the current chunk; -1 after the last one
-    size_line = b""  # what came of the line that gives the next chunk's size
+    rest = b""  # what came of the line that gives the next chunk's size
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
@@ -1242,7 +1140,7 @@ class _Response(http.client.HTTPResponse):
         """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off.
 
         `read1()` gives one HTTP chunk at a time, and servers send one event in each: taking them
-        apart here (RFC 9112, section 7.1) halves the CPU of a burst.
+        apart here halves the CPU of a burst.
         """
         if not self.chunked:
             return self.read1(65536)
@@ -1251,67 +1149,72 @@ class _Response(http.client.HTTPResponse):
             data = self.fp.read1(65536)
             if not data:
                 raise http.client.IncompleteRead(b"")
-            self._take_apart(self.size_line + data, parts)
+            self._take_apart(self.rest + data, parts)
         return b"".join(parts)
 
     def _take_apart(self, data: bytes, parts: List[bytes]) -> None:
         """Append what the data holds of chunks to parts, and remember where it stopped."""
-        place, self.size_line = 0, b""
-        while place < len(data):
+        place, self.rest = 0, b""
+        while self.left >= 0 and place < len(data):
             if self.left:
-                part = data[place : place + self.left]
-                parts.append(part)
-                place += len(part)
-                self.left -= len(part)
+                parts.append(data[place : place + self.left])
+                place += len(parts[-1])
+                self.left -= len(parts[-1])
                 continue
-            end = data.find(b"\n", place)
-            if end < 0:
-                self.size_line = data[place:]
-                break
-            line, place = data[place:end].rstrip(b"\r"), end + 1
-            if line:  # an empty one ends the chunk before it
-                size = re.match(rb"[0-9A-Fa-f]{1,15}(?![^; \t])", line)
-                if not size:
+            head = _CHUNK_HEAD.match(data, place)
+            if not head:
+                self.rest = data[place:].lstrip(b"\r\n")
+                if b"\n" in self.rest or len(self.rest) > 4096:
                     raise http.client.HTTPException("a chunk without a size")
-                self.left = int(size[0], 16) or -1
-                if self.left < 0:
-                    return
-        if len(self.size_line) > 4096:
-            raise http.client.LineTooLong("chunk size")
+                return
+            place, self.left = head.end(), int(head[1], 16) or -1
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
 
     def abandon(self) -> None:
         """Close it and its connection, whatever is still unread."""
         self.close()
-        if self.connection:
-            self.connection.close()
+        self.connection.close()
 
 
 class _Connection(http.client.HTTPConnection):
     """A connection that judges addresses, and whose socket the request's line holds."""
 
     response_class = _Response
+    idle_since = 0.0  # wall clock: the monotonic one stands still while a host is frozen
 
     def __init__(self, request: _Request, context: Optional[ssl.SSLContext], trusted: Iterable[str]) -> None:
         parts = urllib.parse.urlsplit("//" + request.host)
         host = parts.hostname or ""
         super().__init__(host, parts.port or (443 if context else 80), timeout=request.timeout)
-        self.origin, self.context = request, context
+        self.origin, self.context, self.process = request, context, os.getpid()
         self.judged = request.guarded and not request.proxied and host not in trusted
+        self.password: Optional[str] = None  # what the proxy of a tunnel alone may see
 
     def connect(self) -> None:
         line = self.origin.line
         self.sock = _dial(self.host, self.port, self.judged, line)
         if self.context:
-            if self.origin.proxied and self.origin.type == "https":
-                _ask_for_tunnel(self.sock, self.origin.place, self.origin.tunnel_headers)
-            host = urllib.parse.urlsplit(self.origin.full_url).hostname
+            if self.origin.proxied:
+                _ask_for_tunnel(self.sock, self.origin.place, self.password)
+            name = urllib.parse.urlsplit(self.origin.full_url).hostname
             self.sock = self.context.wrap_socket(
-                self.sock, server_hostname=host, do_handshake_on_connect=False
+                self.sock, server_hostname=name, do_handshake_on_connect=False
             )
             line.hold(self.sock)
             self.sock.do_handshake()
         self.sock.settimeout(self.timeout)
         line.connected = True
+
+    def is_usable(self) -> bool:
+        """Whether it is fresh, of this process and silent: an idle one only says that it ends."""
+        if not 0 <= time.time() - self.idle_since < _KEEP_SECONDS or self.process != os.getpid():
+            return False
+        try:
+            return not select.select([self.sock], [], [], 0)[0]
+        except (OSError, ValueError):  # ValueError: closed, or a descriptor that select cannot take
+            return False
 
 
 def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
@@ -1320,7 +1223,6 @@ def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
     if judged and not all(_is_public(str(address[0])) for *_, address in found):
         raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
     ends = time.monotonic() + _CONNECT_TIMEOUT
-    failure: OSError = OSError(f"{host} has no address")
     for left, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found):
         sock = socket.socket(family, kind, protocol)
         try:
@@ -1334,62 +1236,52 @@ def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
             return sock
         except BaseException as error:
             sock.close()
-            if not isinstance(error, OSError) or line.hung_up.is_set():
+            if left == 1 or not isinstance(error, OSError) or line.hung_up.is_set():
                 raise
-            failure = error
-    raise failure
+    raise OSError(f"{host} has no address")
 
 
-def _ask_for_tunnel(sock: socket.socket, place: str, headers: Mapping[str, str]) -> None:
+def _ask_for_tunnel(sock: socket.socket, place: str, password: Optional[str]) -> None:
     """CONNECT through a proxy (RFC 9110, section 9.3.6)."""
-    lines = [f"CONNECT {place} HTTP/1.1", f"Host: {place}", *map(": ".join, headers.items())]
-    sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        byte = sock.recv(1)  # one more would be the origin's
-        if not byte or len(head) > 65536:
-            raise ConnectionAbortedError("the proxy closed the connection")
-        head += byte
-    status = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 1)[-1]
-    if not status.startswith("200"):
-        raise OSError(f"the proxy refused the tunnel: {status}")
+    secret = f"Proxy-Authorization: {password}\r\n" if password else ""
+    sock.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{secret}\r\n".encode("latin-1"))
+    # its buffer takes nothing of the origin's, which speaks second under TLS
+    with http.client.HTTPResponse(sock, method="CONNECT") as answer:
+        answer.begin()
+        if answer.status != 200:
+            raise OSError(f"the proxy refused the tunnel: {answer.status} {answer.reason}")
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https URLs, and keeps connections for the next request to the same place."""
+    """Opens http and https URLs, keeps connections for the next request, and follows redirects."""
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def __init__(self, context: Optional[ssl.SSLContext], trusted: Tuple[str, ...]) -> None:
         super().__init__()
         self._context, self._trusted = context, trusted
-        # (place, connection, when it was given back, by which process). No lock: a list's append
-        # and pop are atomic, and a lock that another thread holds at a fork stays locked for ever.
-        self.idle: List[Tuple[Tuple[str, str, str], _Connection, float, int]] = []
+        # No lock: a list's append and remove are atomic, and a lock that another thread holds at
+        # a fork stays locked for ever.
+        self.idle: List[_Connection] = []
 
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        assert isinstance(request, _Request)
-        return self._exchange(request, None)
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        assert isinstance(request, _Request)
-        if self._context is None:
-            self._context = ssl.create_default_context()  # 20 ms: once, and only for https
-        return self._exchange(request, self._context)
-
-    def _exchange(self, request: _Request, context: Optional[ssl.SSLContext]) -> _Response:
+    def http_open(self, request: Any) -> _Response:
         if request.guarded and request.proxied:
             _judge_literal(request, self._trusted)
-        kept = self._take(_place_of(request)) if request.keep else None
+        kept = self._take(request) if request.keep else None
         if kept:
-            try:
+            with contextlib.suppress(*_BROKEN):  # closed while it lay idle: no answer was lost
                 return self._send(kept, request)
-            except _BROKEN:  # closed by the server while it lay idle: no answer was lost
-                pass
+        if request.type == "https" and self._context is None:
+            self._context = ssl.create_default_context()  # 20 ms: once, and only for https
+        context = self._context if request.type == "https" else None
         return self._send(_Connection(request, context, self._trusted), request)
+
+    https_open = http_open
 
     def _send(self, connection: _Connection, request: _Request) -> _Response:
         headers = dict(request.header_items())
+        if connection.context:
+            connection.password = headers.pop("Proxy-authorization", None)
         if not request.keep:
             headers["Connection"] = "close"
         try:
@@ -1401,90 +1293,61 @@ class _Handler(urllib.request.AbstractHTTPHandler):
             connection.close()
             raise
         assert isinstance(response, _Response)
-        response.msg = response.reason  # type: ignore[assignment]  # as urllib's own handlers do
-        if request.keep:
-            response.connection = connection
-        elif connection.sock:
-            connection.sock.close()  # the response holds it open until it is closed itself
-            connection.sock = None
+        response.connection = connection
         return response
 
-    def _take(self, place: Tuple[str, str, str]) -> Optional[_Connection]:
-        """A kept connection to that place; what cannot be used any more is closed."""
-        for _ in range(len(self.idle)):
-            try:
-                entry = self.idle.pop()
-            except IndexError:  # another thread was faster
-                break
-            of, connection, since, process = entry
-            # wall clock: the monotonic one stands still while a host is frozen
-            fresh = 0 <= time.time() - since < _KEEP_SECONDS and process == os.getpid()
-            if not fresh or _is_readable(connection.sock):
+    def _take(self, request: _Request) -> Optional[_Connection]:
+        """A kept connection that serves the request; those that cannot be used any more are closed."""
+        for connection in self.idle[::-1]:
+            if connection.origin.route == request.route:
+                try:
+                    self.idle.remove(connection)
+                except ValueError:  # another thread was faster
+                    continue
+                if connection.is_usable():
+                    return connection
                 connection.close()
-            elif of == place:
-                return connection
-            else:
-                self.idle.insert(0, entry)
         return None
 
-    def give_back(self, request: _Request, response: _Response) -> None:
+    def give_back(self, response: _Response) -> None:
         """Keep the connection of an answer that was read to its end."""
         connection = response.connection
-        if connection and connection.sock and response.isclosed() and len(self.idle) < _KEEP_CONNECTIONS:
-            self.idle.append((_place_of(request), connection, time.time(), os.getpid()))
-        elif connection:
-            connection.close()
+        whole = connection.sock and response.isclosed()
+        if whole and connection.origin.keep and len(self.idle) < _KEEP_CONNECTIONS:
+            connection.idle_since = time.time()
+            self.idle.append(connection)
+        else:
+            response.abandon()
 
-
-def _place_of(request: _Request) -> Tuple[str, str, str]:
-    return request.type, request.host, request.place
-
-
-def _is_readable(sock: Any) -> bool:
-    """Whether an idle connection has something to say: its end, or what nobody asked for."""
-    try:
-        return bool(select.select([sock], [], [], 0)[0])
-    except (OSError, ValueError):  # ValueError: closed, or a descriptor that select cannot take
-        return True
-
-
-def _close_all(idle: List[Tuple[Any, _Connection, float, int]]) -> None:
-    while idle:
-        idle.pop()[1].close()
-
-
-class _Redirects(urllib.request.BaseHandler):
-    """Follows GET to the same origin, or for files to any; leaves every other status alone."""
-
-    def http_error_302(
-        self, request: _Request, response: _Response, code: int, message: str, headers: Any
-    ) -> Any:
+    def http_response(self, request: Any, response: _Response) -> Any:
+        """Follows GET to the same origin, or for files to any; leaves every other status alone."""
+        if response.status not in (301, 302, 303, 307, 308):
+            return response
         response.abandon()
-        target = urllib.parse.urljoin(request.full_url, headers.get("Location", ""))
-        if not request.guarded and (request.get_method() != "GET" or not _same_origin(request.full_url, target)):
-            raise ModuleException(
-                code, f"{request.place} redirects {request.get_method()} elsewhere: check XPANDER_BASE_URL"
-            )
+        method, url = request.get_method(), request.full_url
+        target = urllib.parse.urljoin(url, response.headers.get("Location", ""))
+        if not request.guarded and (method != "GET" or _origin(url) != _origin(target)):
+            text = f"{request.place} redirects {method} elsewhere: check XPANDER_BASE_URL"
+            raise ModuleException(response.status, text)
         if request.hops >= _MAX_REDIRECTS:
-            raise ModuleException(code, f"redirected more than {_MAX_REDIRECTS} times")
+            raise ModuleException(response.status, f"redirected more than {_MAX_REDIRECTS} times")
         headers = {k: v for k, v in request.unredirected_hdrs.items() if k != "Host"}
         following = _Request("GET", _clean_url(target), headers, request.line)
         following.guarded, following.hops = request.guarded, request.hops + 1
         return self.parent.open(following, timeout=request.timeout)
 
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-    def http_error_default(self, request: Any, response: Any, *_: Any) -> Any:
-        return response
+    https_response = http_response
 
 
-def _same_origin(one: str, other: str) -> bool:
+def _close_all(connections: List[_Connection]) -> None:
+    while connections:
+        connections.pop().close()
+
+
+def _origin(url: str) -> Tuple[str, Optional[str], Optional[int]]:
     """RFC 6454, section 5: scheme, host and port."""
-    first, second = urllib.parse.urlsplit(one), urllib.parse.urlsplit(other)
-    ports = {"http": 80, "https": 443}
-    return (first.scheme, first.hostname, first.port or ports.get(first.scheme)) == (
-        second.scheme, second.hostname, second.port or ports.get(second.scheme)
-    )
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _clean_url(url: str) -> str:
@@ -1508,8 +1371,7 @@ class _Answer(NamedTuple):
     def unexpected(self, wanted: str) -> ModuleException:
         names = {dict: "an object without an id", list: "a list", str: "a string", type(None): "nothing"}
         got = names.get(type(self.value), "a number or a boolean")
-        text = f"{self.place} answered with {got} where {wanted} was due"
-        return ModuleException(500, text, self.value)
+        return ModuleException(500, f"{self.place} answered with {got} where {wanted} was due", self.value)
 
 
 class _Transport:
@@ -1521,13 +1383,8 @@ class _Transport:
         self._handler = _Handler(configuration.ssl_context, configuration.trusted_file_hosts)
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = [("User-Agent", f"xtask/{__version__}")]
-        for handler in (
-            urllib.request.ProxyHandler(proxies),  # None: by urllib's rules
-            self._handler,
-            _Redirects(),
-            urllib.request.HTTPErrorProcessor(),
-            urllib.request.UnknownHandler(),
-        ):
+        # ProxyHandler(None) goes by urllib's rules
+        for handler in urllib.request.ProxyHandler(proxies), self._handler, urllib.request.UnknownHandler():
             self._opener.add_handler(handler)
         weakref.finalize(self, _close_all, self._handler.idle)
 
@@ -1540,30 +1397,24 @@ class _Transport:
         assert isinstance(response, _Response)
         return response
 
-    def request(
-        self, method: str, url: str, headers: Mapping[str, str], line: _Line, data: Optional[bytes] = None
-    ) -> _Request:
+    def request(self, method: str, url: str, headers: _Headers, line: _Line) -> _Request:
         """A request with the key: for the API and the events, never for files."""
         if not self._key:
             raise ModuleException(401, "No API key: set XPANDER_API_KEY or api_key", answered=False)
-        return _Request(method, url, {"x-api-key": self._key, **headers}, line, data)
+        return _Request(method, url, {"x-api-key": self._key, **headers}, line)
 
     def call(
-        self,
-        method: str,
-        url: str,
-        body: Any = None,
-        headers: Optional[Mapping[str, str]] = None,
+        self, method: str, url: str, body: Any = None, headers: Optional[_Headers] = None,
         line: Optional[_Line] = None,
     ) -> _Answer:
         """The answer to a JSON request, after further tries where those are safe."""
-        data = None if body is None else json.dumps(body, allow_nan=False).encode()
         sent = {"Accept": "application/json", **(headers or {})}
-        if data is not None:
+        if body is not None:
             sent["Content-Type"] = "application/json"
         attempt = 0
         while True:
-            request = self.request(method, url, sent, line or _Line(), data)
+            request = self.request(method, url, sent, line or _Line())
+            request.data = None if body is None else json.dumps(body, allow_nan=False).encode()
             request.keep = method != "POST"
             try:
                 return self._once(request)
@@ -1577,7 +1428,6 @@ class _Transport:
             attempt += 1
 
     def _once(self, request: _Request) -> _Answer:
-        place = request.place
         try:
             response = self.open(request, self.timeout)
             try:
@@ -1585,61 +1435,59 @@ class _Transport:
             except BaseException:
                 response.abandon()
                 raise
-            request.line.release()  # the next to use the connection is somebody else
-            self._handler.give_back(request, response)
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise self.no_answer(place, error) from error
-        return _Answer(self.judge(response, body, place), body, place)
+        except _FAILURES as error:
+            raise self.no_answer(request.place, error) from error
+        request.line.socket = None  # the next to use the connection is somebody else
+        self._handler.give_back(response)
+        return _Answer(self.judge(response, body, request.place), body, request.place)
 
     def judge(self, response: _Response, body: bytes, place: str) -> Any:
-        """`_answer`, with the key taken out of what a server may have put it into."""
+        """The JSON value of an answer (None for an empty one), or a ModuleException."""
+        status, headers = response.status, response.headers
+        value, broken = None, None
         try:
-            return _answer(response.status, response.headers, body, place)
-        except ModuleException as error:
-            error.description = self._hide(error.description)
-            error.args = (error.status_code, error.description, *error.args[2:])
-            raise
+            value = json.loads(body) if body.strip() else None
+        except (ValueError, RecursionError) as error:
+            broken = error
+        if not 200 <= status < 300:
+            failure = ModuleException(status, self._hide(_describe(status, headers, body, value)), value)
+            failure._retry_after = _retry_after(headers.get("Retry-After", ""))
+            raise failure
+        if broken:
+            what = "HTML" if _is_html(headers, body) else "something"
+            raise ModuleException(500, f"{place} answered with {what} that is not JSON") from broken
+        return value
 
     def no_answer(self, place: str, error: Exception) -> ModuleException:
+        """The failure of a request that no server answered, or not to the end."""
         error.args = tuple(map(self._hide, error.args))
-        return _no_answer(place, error)
+        reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason = f"its certificate is not trusted ({error.verify_message}): name the authority in " \
+                "SSL_CERT_FILE or in Configuration(ssl_context=...)"
+        elif isinstance(error, _TIMEOUTS):
+            reason = "no answer in time; see Configuration(timeout=...)"
+        elif isinstance(error, http.client.IncompleteRead):
+            reason = "the answer was cut off"
+        return ModuleException(500, f"No answer from {place}: {' '.join(reason.split())}", answered=False)
 
     def _hide(self, text: Any) -> Any:
         """The text without the key, which a server may have put there."""
-        hide = self._key and len(self._key) >= 8 and isinstance(text, str)
-        return text.replace(self._key, "***") if hide else text
+        known = self._key and len(self._key) >= 8 and isinstance(text, str)
+        return text.replace(self._key, "***") if known else text
 
 
 def _read_all(response: _Response) -> bytes:
     """A whole body; IncompleteRead if it was cut off, OSError if it is too large."""
     if response.length is not None and response.length <= _MAX_ANSWER:
         return response.read()
-    parts: List[bytes] = []
-    size = 0
-    while size <= _MAX_ANSWER:
+    body = bytearray()
+    while len(body) <= _MAX_ANSWER:
         part = response.read(65536)
         if not part:
-            return b"".join(parts)
-        parts.append(part)
-        size += len(part)
+            return bytes(body)
+        body += part
     raise OSError(f"the answer is over {_MAX_ANSWER // 2**20} MiB")
-
-
-def _answer(status: int, headers: Any, body: bytes, place: str) -> Any:
-    """The JSON value of an answer (None for an empty one), or a ModuleException."""
-    try:
-        value = json.loads(body) if body.strip() else None
-        broken: Optional[Exception] = None
-    except (ValueError, RecursionError) as error:
-        value, broken = None, error
-    if 200 <= status < 300:
-        if broken:
-            what = "HTML" if _is_html(headers, body) else "something"
-            raise ModuleException(500, f"{place} answered with {what} that is not JSON") from broken
-        return value
-    failure = ModuleException(status, _describe(status, headers, body, value), value)
-    failure._retry_after = _retry_after(headers.get("Retry-After"))
-    raise failure
 
 
 def _is_html(headers: Any, body: bytes) -> bool:
@@ -1647,17 +1495,14 @@ def _is_html(headers: Any, body: bytes) -> bool:
 
 
 def _describe(status: int, headers: Any, body: bytes, value: Any) -> str:
-    """What an error says in the forms that the platform and proxies use, in one line."""
-    if isinstance(value, dict):
-        said = [value.get(name) for name in ("detail", "message", "error")]
-        for text in said:
-            if isinstance(text, str) and text.strip():
-                return text.strip()
-            if isinstance(text, list) and text and all(isinstance(item, dict) for item in text):
-                return "; ".join(map(_describe_invalid, text))
-    elif isinstance(value, str) and value.strip():
-        return value.strip()
-    elif value is None and body.strip() and not _is_html(headers, body):
+    """What an error says in the forms that the platform and proxies use."""
+    said = value if isinstance(value, dict) else {"detail": value if isinstance(value, str) else None}
+    for text in map(said.get, ("detail", "message", "error")):
+        if isinstance(text, str) and text.strip():
+            return text.strip()
+        if isinstance(text, list) and text and all(isinstance(item, dict) for item in text):
+            return "; ".join(map(_describe_invalid, text))
+    if value is None and body.strip() and not _is_html(headers, body):
         return " ".join(body[:2000].decode("utf-8", "replace").split())[:200]
     return http.client.responses.get(status, "Unknown status")
 
@@ -1665,22 +1510,19 @@ def _describe(status: int, headers: Any, body: bytes, value: Any) -> str:
 def _describe_invalid(item: Dict[str, Any]) -> str:
     """One entry of a 422: where, and what is wrong there."""
     where = item.get("loc")
-    path = ".".join(map(str, where)) if isinstance(where, list) else str(where)
+    path = ".".join(map(str, where)) if isinstance(where, list) else where
     return f"{path}: {item.get('msg', 'invalid')}"
 
 
-def _retry_after(value: Optional[str]) -> Optional[float]:
+def _retry_after(value: str) -> Optional[float]:
     """RFC 9110, section 10.2.3: seconds, or a date."""
-    if not value:
-        return None
     if re.fullmatch("[0-9]+", value.strip()):
         return float(value.strip()[:300])  # more digits make an infinity in either case
     try:
         moment = email.utils.parsedate_to_datetime(value)
     except (TypeError, ValueError):
         return None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-    return max(0.0, (moment - datetime.now(timezone.utc)).total_seconds())
+    return max(0.0, moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() - time.time())
 
 
 def _may_repeat(method: str, error: ModuleException) -> bool:
@@ -1699,23 +1541,6 @@ def _pause_after(error: ModuleException, attempt: int) -> Optional[float]:
     return asked if asked <= _MAX_RETRY_AFTER else None
 
 
-def _no_answer(place: str, error: Exception) -> ModuleException:
-    """The failure of a request that no server answered, or not to the end."""
-    reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    if isinstance(error, ssl.SSLCertVerificationError):
-        reason = (
-            f"its certificate is not trusted ({error.verify_message}): "
-            "name the authority in SSL_CERT_FILE or in Configuration(ssl_context=...)"
-        )
-    elif isinstance(error, _TIMEOUTS):
-        reason = "no answer in time; see Configuration(timeout=...)"
-    elif isinstance(error, http.client.IncompleteRead):
-        reason = "the answer was cut off"
-    return ModuleException(
-        500, f"No answer from {place}: {' '.join(reason.split())}", answered=False
-    )
-
-
 # ---------------------------------------------------------------------------
 # Server-sent events
 # ---------------------------------------------------------------------------
@@ -1731,10 +1556,9 @@ class ServerSentEvent(NamedTuple):
 
 
 def iter_sse(chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
-    """The events of a `text/event-stream` that comes in chunks cut anywhere.
+    """The events of a `text/event-stream` in chunks cut anywhere; ValueError for one of over 16 MiB.
 
-    WHATWG HTML, section 9.2.6, "Interpreting an event stream". ValueError for an event of over
-    16 MiB. Does no I/O.
+    WHATWG HTML, section 9.2.6, "Interpreting an event stream". Does no I/O.
     """
     feed = _Parser().feed
     for chunk in chunks:
@@ -1832,23 +1656,17 @@ class TaskUpdateEvent(_Record):
     def from_dict(
         cls,
         data: Mapping[str, Any],
-        required: Optional[Mapping[str, Any]] = None,
+        required: Mapping[str, Any] = {},
         configuration: Optional[Configuration] = None,
     ) -> TaskUpdateEvent:
         """The event of an envelope; `required` fills in what trimmed tasks leave out."""
-        kind = data["type"]
-        task_id = data.get("task_id") or (required or {}).get("id")
-        body = data.get("data")
+        kind, body = data["type"], data.get("data")
+        task_id = data.get("task_id") or required.get("id")
         if isinstance(body, dict):
-            body = _event_data(kind, body, required, task_id, configuration)
-        return cls(
-            _EVENT_TYPES.get(kind) or TaskUpdateEventType(kind),
-            task_id,
-            data.get("organization_id"),
-            _time(data.get("time")),
-            body,
-            data if isinstance(data, dict) else dict(data),
-        )
+            body = _event_data(kind, body, {**required, "id": task_id}, configuration)
+        kind = _EVENT_TYPES.get(kind) or TaskUpdateEventType(kind)
+        raw = data if isinstance(data, dict) else dict(data)
+        return cls(kind, task_id, data.get("organization_id"), _time(data.get("time")), body, raw)
 
     @property
     def _wire(self) -> Mapping[str, Any]:  # type: ignore[override]
@@ -1861,29 +1679,19 @@ class TaskUpdateEvent(_Record):
         return {key: value for key, value in self.raw.items() if key not in known}
 
 
-_EVENT_TYPES = {kind.value: kind for kind in TaskUpdateEventType}
+_EVENT_TYPES = {kind.value: kind for kind in TaskUpdateEventType}  # calling the enum is far slower
 _EVENT_RECORDS: Dict[str, Type[_Record]] = {
-    "task_created": Task,
-    "task_updated": Task,
-    "task_finished": Task,
-    "tool_call_request": ToolCallRequest,
-    "tool_call_result": ToolCallResult,
-    "think": ToolCallRequest,
-    "analyze": ToolCallRequest,
+    "task_created": Task, "task_updated": Task, "task_finished": Task,
+    "tool_call_request": ToolCallRequest, "tool_call_result": ToolCallResult,
+    "think": ToolCallRequest, "analyze": ToolCallRequest,
 }
 
 
-def _event_data(
-    kind: str,
-    data: Dict[str, Any],
-    required: Optional[Mapping[str, Any]],
-    task_id: Any,
-    configuration: Optional[Configuration],
-) -> Any:
+def _event_data(kind: str, data: Dict[str, Any], required: Mapping[str, Any], configuration: Any) -> Any:
     """The data of an event, typed where its type and its shape allow."""
     record = _EVENT_RECORDS.get(kind)
     if record is Task:
-        data = {**(required or {}), "id": task_id, **data}
+        data = {**required, **data}
         return Task._from_told(data, json.dumps(data), configuration)
     if record and isinstance(data.get("request_id"), str) and isinstance(data.get("operation_id"), str):
         return record.from_dict(data)
@@ -1897,18 +1705,16 @@ class _Stream:
     """One reader of a task's events: what it knows over all its connections."""
 
     def __init__(self, task: Task) -> None:
-        self.configuration = task.configuration
+        self.configuration, self.task_id = task.configuration, task.id
         self.required = {name: _plain(getattr(task, name)) for name in _REQUIRED}
-        self.task_id = task.id
         self.url = self.configuration._events_url(task)
         self.line = _Line()
         idle = self.configuration.idle_timeout
         self.idle_timeout = min(idle, _FINAL_SILENCE) if task.is_finished else idle
-        self.last_id = ""
-        self.retry: Optional[int] = None  # milliseconds
+        self.parser = _Parser()
         self.seen: Deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of data
         self.replayed: Set[int] = set()  # those seen, while what comes may be a repetition
-        self.shook_hands = self.finished = self.no_content = False
+        self.shook_hands = self.finished = False
         self.failures = 0  # connections that failed, in a row
         self.weight = 0  # characters of data read so far
 
@@ -1917,121 +1723,100 @@ class _Stream:
         while True:
             response = self._connect()
             if response:
-                try:
+                with response:
                     yield from self._read(response)
-                finally:
-                    response.abandon()
             if self.finished:
                 return
             # An end proves nothing, however clean it looks: the status does.
             task = Task._fetch(self.task_id, self.configuration, self.line)
             if task.is_finished:
-                yield [self._finish(task)]
+                yield [self._last(task._told())]
                 return
-            if self.no_content:
-                status = task._status_text
-                raise ModuleException(204, f"The server has no events, but the task is {status}")
             if response:
-                retry = 500 if self.retry is None else self.retry
+                if response.status == 204:
+                    status = task._status_text
+                    raise ModuleException(204, f"The server has no events, but the task is {status}")
+                retry = 500 if self.parser.retry is None else self.parser.retry
                 _wait(min(max(retry, 100), 30_000) / 1000, self.line)
-            self.replayed = set(self.seen)
 
     def _connect(self) -> Optional[_Response]:
-        """An open stream; None where there is none and the status must decide."""
+        """A 2xx answer; None where the server took the request and then was silent."""
         while True:
             try:
-                response = self._open()
-                break
+                return self._open()
             except ModuleException as error:
-                silent = isinstance(error.__cause__, _TIMEOUTS)
-                if silent and self.line.connected:
+                cause, code = error.__cause__, error.status_code
+                if isinstance(cause, _TIMEOUTS) and self.line.connected:
                     return None
-                again = silent or isinstance(error.__cause__, _BROKEN)
-                if error.answered:
-                    again = error.status_code == 429 or 500 <= error.status_code < 600
+                tells = code == 429 or 500 <= code < 600
+                again = tells if error.answered else isinstance(cause, _TIMEOUTS + _BROKEN)
                 pause = _pause_after(error, self.failures) if again else None
                 self.failures += 1
                 if pause is None or self.failures > self.configuration.max_retries:
                     raise
             _wait(pause, self.line)
-        if response and response.headers.get_content_type() != "text/event-stream":
-            response.abandon()
-            kind = response.headers.get_content_type()
-            raise ModuleException(500, f"The stream's answer is {kind}, not text/event-stream")
-        return response
 
-    def _open(self) -> Optional[_Response]:
+    def _open(self) -> _Response:
         transport = self.configuration._wires
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
-        if 0 < len(self.last_id.encode()) <= 1024 and not re.search("[\0-\x1f\x7f]", self.last_id):
-            # UTF-8, as the standard has it, in the latin-1 that http.client wants
-            headers["Last-Event-ID"] = self.last_id.encode().decode("latin-1")
+        last_id = self.parser.last_id.encode()  # UTF-8, as the standard has it
+        if re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", last_id):
+            headers["Last-Event-ID"] = last_id.decode("latin-1")  # which is what http.client sends
         self.line.connected = False
         request = transport.request("GET", self.url, headers, self.line)
         try:
             response = transport.open(request, self.idle_timeout)
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
+        except _FAILURES as error:
             raise transport.no_answer(request.place, error) from error
-        try:
-            return self._judge(response, request.place)
-        except BaseException:
-            response.abandon()
-            raise
-
-    def _judge(self, response: _Response, place: str) -> Optional[_Response]:
-        """The response if it is 200, None for 204, else a ModuleException that says what it was."""
-        if response.status == 200:
-            return response
-        self.no_content = response.status == 204
-        try:
-            body = response.read(65536)
-        except (OSError, http.client.HTTPException):
-            body = b""  # the status says enough
-        self.configuration._wires.judge(response, body, place)
-        if not self.no_content:
-            raise ModuleException(response.status, f"{place} answered with no stream")
-        response.abandon()
-        return None
+        if not 200 <= response.status < 300:
+            with response:
+                try:
+                    body = response.read(65536)
+                except (OSError, http.client.HTTPException):
+                    body = b""  # the status says enough
+                transport.judge(response, body, request.place)  # which raises
+        return response
 
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
         """The events of one connection, until it ends in whatever way."""
-        parser = _Parser(self.last_id, self.retry)
+        kind, status = response.headers.get_content_type(), response.status
+        if status == 204:
+            return
+        if status != 200 or kind != "text/event-stream":
+            raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
+        self.parser = _Parser(self.parser.last_id, self.parser.retry)
+        self.replayed = set(self.seen)
         while not self.finished:
             try:
                 chunk = response.read_some()
+                batch = self._events(self.parser.feed(chunk))
             except (OSError, http.client.HTTPException):
                 return  # cut off, or silent
-            if not chunk:
-                return
-            try:
-                batch = self._events(parser.feed(chunk))
             except ValueError as error:
                 raise ModuleException(500, f"The stream sent {error}") from error
-            self.last_id, self.retry = parser.last_id, parser.retry
             if batch:
                 yield batch
+            if not chunk:
+                return
 
     def _events(self, messages: Iterable[ServerSentEvent]) -> List[TaskUpdateEvent]:
         batch = []
         for _, data, _, _ in messages:
             mark = hash(data)
             self.failures = 0
-            if mark in self.replayed:
-                continue
-            event = self._event(data)
+            event = None if mark in self.replayed else self._event(data)
             if event is None:
                 continue
-            kind = event.type
-            if kind == "connected":  # each connection sends one
-                if self.shook_hands:
-                    continue
-                self.shook_hands = True
-            else:
+            if event.type != "connected":
                 self.replayed = set()
                 self.seen.append(mark)
+            elif self.shook_hands:
+                continue
+            else:
+                self.shook_hands = True  # each connection sends one
             self.weight += len(data)
             batch.append(event)
-            if kind == "task_finished" and event.task_id == self.task_id:
+            if event.type == "task_finished" and event.task_id == self.task_id:
                 self.finished = True
                 break
         return batch
@@ -2046,114 +1831,75 @@ class _Stream:
         _warn("skipped what is not an event: %d characters that are no envelope", len(data))
         return None
 
-    def _finish(self, task: Task) -> TaskUpdateEvent:
-        """The last event, made from the task when the stream did not bring it."""
-        self.finished = True
-        ended = task.finished_at or task.updated_at or datetime.now(timezone.utc)
-        envelope = {
-            "type": "task_finished", "task_id": task.id, "organization_id": task.organization_id,
-            "time": _plain(ended), "data": task._told(),
-        }
-        event = TaskUpdateEvent.from_dict({**envelope, "data": None})
-        event.data, event.raw = task, envelope
-        return event
+    def _last(self, told: Dict[str, Any]) -> TaskUpdateEvent:
+        """The last event, made from the task as the server told it, where the stream did not bring it."""
+        ended = told.get("finished_at") or told.get("updated_at") or _plain(datetime.now(timezone.utc))
+        ids = {"task_id": self.task_id, "organization_id": told.get("organization_id")}
+        envelope = {"type": "task_finished", **ids, "time": ended, "data": told}
+        return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
 
 
 def _events(task: Task) -> Generator[TaskUpdateEvent, None, None]:
-    for batch in _Stream(task).batches():
-        yield from batch
+    with contextlib.closing(_Stream(task).batches()) as batches:
+        for batch in batches:
+            yield from batch
 
 
 class _Relay:
-    """Hands batches from a stream's thread to an event loop, and holds the thread when it is full.
+    """Hands batches from a stream's thread to an event loop, and holds the thread while too much waits."""
 
-    Without a lock, which would cost more than the rest: each side first writes what the other
-    reads, then reads what the other writes, so that one of them sees what both did at once.
-    """
-
-    def __init__(self, stream: _Stream, loop: Any) -> None:
-        self.stream, self.loop = stream, loop
-        self.batches: Deque[Tuple[int, List[TaskUpdateEvent]]] = deque()
+    def __init__(self, stream: _Stream, loop: Any, queue: Any) -> None:
+        self.stream, self.loop, self.queue = stream, loop, queue
         self.taken = 0  # the stream's weight at the last batch that was taken
         self.room = threading.Event()
-        self.waiting: Any = None  # the future of a consumer that has nothing to do
-        self.error: Optional[BaseException] = None
-        self.ended = False
 
     def run(self) -> None:
-        """The thread: reads the stream until it ends or is left."""
-        stream, left = self.stream, self.stream.line.hung_up
+        """The thread: reads the stream until it ends or is left. An exception or [] is its last word."""
+        left = self.stream.line.hung_up
         try:
-            with contextlib.closing(stream.batches()) as batches:
+            with contextlib.closing(self.stream.batches()) as batches:
                 for batch in batches:
-                    self.batches.append((stream.weight, batch))
-                    self.wake()
-                    while stream.weight - self.taken > _RELAY_BYTES and not left.is_set():
-                        self.room.clear()
-                        if stream.weight - self.taken > _RELAY_BYTES and not left.is_set():
-                            self.room.wait()
+                    self.put(batch)
+                    while self.stream.weight - self.taken > _RELAY_BYTES and not left.is_set():
+                        self.room.wait()
+                        self.room.clear()  # then look again: what was set meanwhile is not lost
                     if left.is_set():
                         break
+            self.put([])
         except BaseException as error:  # raised again where the consumer is
-            self.error = error
-        self.ended = True
-        self.wake()
+            self.put(error)
 
-    def wake(self) -> None:
-        waiting, self.waiting = self.waiting, None
-        if waiting:
-            try:
-                self.loop.call_soon_threadsafe(_resolve, waiting)
-            except RuntimeError:  # the loop was closed under the stream
-                self.stream.line.hang_up()
-
-    async def take(self) -> List[TaskUpdateEvent]:
-        """The next batch; an empty one at the end."""
-        while not self.batches:
-            self.waiting = waiting = self.loop.create_future()
-            if self.ended and not self.batches:
-                return []
-            if not self.batches:  # looked at again, now that the thread can see who waits
-                await waiting
-        self.taken, batch = self.batches.popleft()
-        if self.stream.weight - self.taken < _RELAY_BYTES // 2 and not self.room.is_set():
-            self.room.set()
-        return batch
-
-    async def leave(self) -> None:
-        """Hang up, and see the thread off; one inside a name look-up ends with it."""
-        import asyncio
-
-        for _ in range(10):
-            self.stream.line.hang_up()  # again: it may have been about to connect
-            self.room.set()
-            self.waiting = waiting = self.loop.create_future()
-            if self.ended:
-                break
-            await asyncio.wait([waiting], timeout=0.015)
-
-
-def _resolve(future: Any) -> None:
-    if not future.done():
-        future.set_result(None)
+    def put(self, batch: Union[List[TaskUpdateEvent], BaseException]) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (self.stream.weight, batch))
+        except RuntimeError:  # the loop was closed under the stream
+            self.stream.line.hang_up()
 
 
 async def _aevents(task: Task) -> AsyncGenerator[TaskUpdateEvent, None]:
     import asyncio
 
-    relay = _Relay(_Stream(task), asyncio.get_running_loop())
-    threading.Thread(target=relay.run, name=f"events of {task.id}", daemon=True).start()
+    relay = _Relay(_Stream(task), asyncio.get_running_loop(), asyncio.Queue())
+    thread = threading.Thread(target=relay.run, name=f"events of {task.id}", daemon=True)
+    thread.start()
     try:
         while True:
-            batch = await relay.take()
+            relay.taken, batch = await relay.queue.get()
+            if relay.stream.weight - relay.taken < _RELAY_BYTES // 2:
+                relay.room.set()
+            if isinstance(batch, BaseException):
+                raise batch
+            if not batch:
+                return
             for event in batch:
                 yield event
-            if not batch:
-                break
-        if relay.error:
-            raise relay.error
     finally:
-        await relay.leave()
+        for exponent in range(8):  # some 0.1 s: a thread inside a name look-up ends with it
+            relay.stream.line.hang_up()  # again: it may have been about to connect
+            relay.room.set()
+            if not thread.is_alive():
+                break
+            await asyncio.sleep(0.0005 * 2**exponent)
 
 
 # ---------------------------------------------------------------------------
@@ -2168,15 +1914,10 @@ _READABLE = (
 )
 # the text encodings among Python's codecs, which has others: zip, rot13, unicode_escape
 _CHARSET = re.compile(
-    r"utf.*|u8|(us-)?ascii|(iso[-_]?)?8859.*|iso-ir.*|latin[-_]?\d|windows.*|cp\d+|koi8.*"
-    r"|gb.*|hz.*|big5.*|shift.*|s?jis.*|euc.*|iso[-_]?2022.*|ks_c.*|tis.?620",
-    re.IGNORECASE,
+    r"(?i)utf.*|u8|(us-)?ascii|(iso[-_]?)?8859.*|iso-ir.*|latin[-_]?\d|windows.*|cp\d+|koi8.*"
+    r"|gb.*|hz.*|big5.*|shift.*|s?jis.*|euc.*|iso[-_]?2022.*|ks_c.*|tis.?620"
 )
-
-
-class _Fetched(NamedTuple):
-    content: bytes
-    charset: Optional[str]
+_Got = Union[Tuple[bytes, Optional[str]], Exception]  # a file's content and charset, or why there is none
 
 
 def _extension(url: str) -> str:
@@ -2186,68 +1927,51 @@ def _extension(url: str) -> str:
 
 
 def _is_public(address: str) -> bool:
-    """Whether an address is global, and neither multicast nor reserved.
-
-    For IPv6 addresses that stand for an IPv4 one (RFC 4291 2.5.5.2, RFC 6052 2.1, RFC 3056 2)
-    that one counts.
-    """
+    """Whether an address, or the IPv4 one in it (RFC 4291 2.5.5.2, 3056 2, 6052 2.1), is everybody's."""
     import ipaddress
 
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        packed = ip.packed
-        if packed[:12] in (b"\0" * 10 + b"\xff\xff", b"\0\x64\xff\x9b" + b"\0" * 8):
-            ip = ipaddress.IPv4Address(packed[12:])
-        elif packed[:2] == b"\x20\x02":
-            ip = ipaddress.IPv4Address(packed[2:6])
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+        nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
+        ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(ip.packed[12:]) if nat64 else ip)
+    site_local = isinstance(ip, ipaddress.IPv6Address) and ip.is_site_local
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or site_local)
+
+
+def _judge_host(url: str, trusted: Iterable[str], flags: int = 0) -> None:
+    """Refuse a URL whose host is not trusted and has an address that is not public."""
+    host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
+    try:
+        local = f".{host}".endswith(".localhost")  # RFC 6761, section 6.3
+        found = socket.getaddrinfo("127.0.0.1" if local else host, None, flags=flags)
+    except OSError:
+        return  # no address to refuse
+    if host not in trusted and not all(_is_public(str(address[0])) for *_, address in found):
+        raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
 
 
 def _judge_literal(request: _Request, trusted: Iterable[str]) -> None:
     """Behind a proxy names are not ours to resolve; an address that is written out can be judged."""
-    host = urllib.parse.urlsplit(request.full_url).hostname or ""
-    if host in trusted:
-        return
-    local = host == "localhost" or host.endswith(".localhost")
-    try:
-        found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
-    except OSError:
-        found = []  # a name
-    if local or not all(_is_public(str(address[0])) for *_, address in found):
-        raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
+    _judge_host(request.full_url, trusted, socket.AI_NUMERICHOST)
 
 
 def _may_fetch(configuration: Configuration, url: str) -> bool:
     """Whether our rules let somebody else fetch the URL; a warning says why not."""
     try:
-        request = _Request("GET", _clean_url(url), {}, _Line())
-        host = urllib.parse.urlsplit(request.full_url).hostname or ""
-        for *_, address in socket.getaddrinfo(host, None):
-            if host not in configuration.trusted_file_hosts and not _is_public(str(address[0])):
-                raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
+        _judge_host(_clean_url(url), configuration.trusted_file_hosts)
     except _Refused as error:
-        return not _is_refused(error)
+        _warn("a file was left out: %s", error)
+        return False
     except ValueError:
         return False  # no URL
-    except OSError:
-        pass  # no address to refuse
     return True
 
 
-def _is_refused(got: Union[_Fetched, Exception]) -> bool:
-    if isinstance(got, _Refused):
-        _warn("a file was left out: %s", got)
-    return isinstance(got, _Refused)
-
-
-def _fetch_files(
-    configuration: Configuration, urls: List[str]
-) -> List[Union[_Fetched, Exception]]:
+def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Got]:
     """The content of each URL, or why there is none, in order and in time."""
     work = _FileWork(configuration, urls)
-    threads = [
-        threading.Thread(target=work.run, args=(line,), daemon=True) for line in work.lines
-    ]
+    lines = [_Line() for _ in urls[:_FILE_THREADS]]
+    threads = [threading.Thread(target=work.run, args=(line,), daemon=True) for line in lines]
     ends = time.monotonic() + configuration.timeout
     for thread in threads:
         thread.start()
@@ -2256,12 +1980,11 @@ def _fetch_files(
             thread.join(max(0.0, ends - time.monotonic()))
     finally:
         work.queue.clear()
-        for line in work.lines:
+        for line in lines:
             line.hang_up()
     for thread in threads:
         thread.join(0.1)  # one inside a name look-up ends with it
-    late = TimeoutError("not fetched in time")
-    return [work.results.get(number, late) for number in range(len(urls))]
+    return list(work.results)
 
 
 class _FileWork:
@@ -2270,9 +1993,8 @@ class _FileWork:
     def __init__(self, configuration: Configuration, urls: List[str]) -> None:
         self.transport, self.timeout = configuration._wires, configuration.timeout
         self.queue = deque(enumerate(urls))
-        self.lines = [_Line() for _ in range(min(len(urls), _FILE_THREADS))]
-        self.results: Dict[int, Union[_Fetched, Exception]] = {}
-        self.budget = _MAX_FILES
+        self.results: List[_Got] = [TimeoutError("not fetched in time") for _ in urls]
+        self.sizes = [0] * len(urls)  # bytes held, of each file
         self.lock = threading.Lock()
 
     def run(self, line: _Line) -> None:
@@ -2282,66 +2004,55 @@ class _FileWork:
             except IndexError:
                 return
             try:
-                self.results[number] = self.fetch(url, line)
+                self.results[number] = self.fetch(number, url, line)
             except (OSError, ValueError, http.client.HTTPException, ModuleException) as error:
                 self.results[number] = error
+                self.sizes[number] = 0
+                if isinstance(error, _Refused):
+                    _warn("a file was left out: %s", error)
 
-    def fetch(self, url: str, line: _Line) -> _Fetched:
+    def fetch(self, number: int, url: str, line: _Line) -> Tuple[bytes, Optional[str]]:
         request = _Request("GET", _clean_url(url), {"Accept": "*/*"}, line)
         request.guarded = True
-        response = self.transport.open(request, self.timeout)
-        try:
+        content = bytearray()
+        with self.transport.open(request, self.timeout) as response:
             if response.status != 200:
                 raise ModuleException(response.status, "the server has no such file")
-            return _Fetched(self.read(response, line), response.headers.get_content_charset())
-        finally:
-            response.abandon()
-
-    def read(self, response: _Response, line: _Line) -> bytes:
-        parts: List[bytes] = []
-        try:
             for part in iter(response.read_some, b""):
-                parts.append(part)
-                with self.lock:
-                    self.budget -= len(part)
-                if sum(map(len, parts)) > _MAX_FILE or self.budget < 0:
+                content += part
+                with self.lock:  # so that of several files the one that is too much fails alone
+                    self.sizes[number] = len(content)
+                    too_large = len(content) > _MAX_FILE or sum(self.sizes) > _MAX_FILES
+                    self.sizes[number] *= not too_large
+                if too_large:
                     raise ModuleException(413, "the file is too large")
             # read1() takes a body that was cut off, by us too, for a whole one
             if response.length or line.hung_up.is_set():
                 raise http.client.IncompleteRead(b"")
-            return b"".join(parts)
-        except BaseException:
-            with self.lock:
-                self.budget += sum(map(len, parts))
-            raise
+            return bytes(content), response.headers.get_content_charset()
 
 
-def _text_of(got: Union[_Fetched, Exception]) -> str:
+def _text_of(got: _Got) -> str:
     """A file's text, or an error that tells whoever typed the URL nothing about this network."""
-    if isinstance(got, _Fetched):
-        name = got.charset or ""
-        if _CHARSET.fullmatch(name):
-            try:
-                return got.content.decode(name, "replace")
-            except (LookupError, ValueError):  # ValueError: a NUL in the name
-                pass
-        return got.content.decode("utf-8", "replace")
-    _is_refused(got)
     if isinstance(got, ModuleException):
         return f"Error: {got.description}"
-    return "Error: the file could not be fetched"
+    if isinstance(got, Exception):
+        return "Error: the file could not be fetched"
+    content, charset = got
+    with contextlib.suppress(LookupError, ValueError):  # ValueError: a NUL in the name
+        if charset and _CHARSET.fullmatch(charset):
+            return content.decode(charset, "replace")
+    return content.decode("utf-8", "replace")
 
 
-def _agno_pdf(
-    configuration: Configuration, file_class: Any, url: str, got: Union[_Fetched, Exception]
-) -> Any:
+def _agno_pdf(configuration: Configuration, file_class: Any, url: str, got: _Got) -> Any:
     """agno's File: with the bytes, or with the URL where there are none and agno may fetch it."""
-    if not isinstance(got, _Fetched) or not got.content:
-        allowed = not _is_refused(got) and _may_fetch(configuration, url)
+    if isinstance(got, Exception) or not got[0]:
+        allowed = not isinstance(got, _Refused) and _may_fetch(configuration, url)
         return file_class(url=url) if allowed else None
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
     name = re.sub(r"[^\w. ()+,-]", "_", name)[-255:]
-    return file_class(content=got.content, filename=name, mime_type="application/pdf")
+    return file_class(content=got[0], filename=name, mime_type="application/pdf")
 
 
 # ===========================================================================
@@ -2366,21 +2077,21 @@ def _local_agent(task: Dict[str, Any]) -> Generator[Tuple[str, Any], None, str]:
     """The built-in agent: thinks, calls a tool and answers in chunks, in about a second."""
     about = str(task["input"]["text"])[:60]
     thought = {"title": "Plan", "confidence": 0.9, "thought": "One search will do.", "action": "Search"}
-    yield "think", {"request_id": "r1", "operation_id": "think", "payload": {"input": thought}}
-    time.sleep(0.08)
     call = {"request_id": "r2", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
-    yield "tool_call_request", call
-    time.sleep(0.08)
-    yield "tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}
     answer = f"A played answer to: {about}\nIt found three hits, and nothing left this machine."
-    for start in range(0, len(answer), 12):
+    events: List[Tuple[str, Any]] = [
+        ("think", {"request_id": "r1", "operation_id": "think", "payload": {"input": thought}}),
+        ("tool_call_request", call),
+        ("tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}),
+    ]
+    for event in events + [("chunk", answer[start : start + 12]) for start in range(0, len(answer), 12)]:
+        yield event
         time.sleep(0.08)
-        yield "chunk", answer[start : start + 12]
     return answer
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _within(value: Any, *names: str) -> Dict[str, Any]:
@@ -2390,72 +2101,73 @@ def _within(value: Any, *names: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _local_entry(kind: str, data: Any) -> Optional[Dict[str, Any]]:
-    """The entry that an agent's event leaves in the activity log, if any."""
+def _local_entry(kind: str, data: Any) -> Dict[str, Any]:
+    """The entry that an agent's event leaves in the activity log; an empty one where it leaves none."""
     if kind in ("think", "analyze"):
-        names = ("title", "confidence", "thought", "action", "result", "analysis")
-        return {"type": kind, **dict.fromkeys(names), **_within(data, "payload", "input")}
-    if kind == "tool_call_result":
-        kept = ("tool_name", "payload", "is_error", "reasoning", "result")
-        return {name: _within(data).get(name) for name in kept}
-    return _within(data) if kind in ("sub_agent_trigger", "auth_event") else None
+        return {"type": kind, **_within(data, "payload", "input")}
+    return _within(data) if kind in ("tool_call_result", "sub_agent_trigger", "auth_event") else {}
 
 
 class _LocalRun:
     """One run of a task: its events as they go over the wire, its log, and its agent's play."""
 
-    def __init__(self, task: Dict[str, Any], lock: Any, log: List[Dict[str, Any]]) -> None:
-        self.task, self.log, self.over = task, log, False
+    def __init__(self, task: Dict[str, Any], lock: Any, messages: List[Dict[str, Any]]) -> None:
+        self.task, self.messages, self.over = task, messages, False
         self.events: List[bytes] = []
         self.changed = threading.Condition(lock)  # one a run, so that an event wakes its own readers only
         self.emit("connected", {})
-        self.emit("task_created", task)
+        content = {name: task["input"][name] for name in ("text", "files")}
+        self.emit("task_created", task, {"role": "user", "content": content})
 
-    def emit(self, kind: str, data: Any) -> bool:
+    def emit(self, kind: str, data: Any, entry: Optional[Dict[str, Any]] = None) -> bool:
         """Add an event and its entry in the log; or nothing, and return False, when the run is over."""
         with self.changed:
             if not self.over:
-                ids = {"task_id": self.task["id"], "organization_id": "local-org"}
-                text = json.dumps({"type": kind, **ids, "time": _local_time(), "data": data})
+                now, ids = _local_time(), {"task_id": self.task["id"], "organization_id": "local-org"}
+                text = json.dumps({"type": kind, **ids, "time": now, "data": data})
                 self.events.append(f"id: {len(self.events) + 1}\ndata: {text}\n\n".encode())
-                self.note(_local_entry(kind, data))
+                entry = entry or _local_entry(kind, data)
+                if entry:
+                    self.messages.append({**entry, "id": f"a{len(self.messages) + 1}", "created_at": now})
                 self.changed.notify_all()
             return not self.over
 
-    def note(self, entry: Optional[Dict[str, Any]]) -> None:
-        if entry:
-            self.log.append({"id": f"a{len(self.log) + 1}", "created_at": _local_time(), **entry})
-
-    def end(self, **changes: Any) -> None:
-        """End the run, if it is not over, with changes of the task (its status is one) and the last event."""
+    def change(self, changes: Dict[str, Any]) -> Dict[str, Any]:
+        """Change the task, which is returned; the first final status ends the run with the last event."""
         with self.changed:
-            if not self.over:
-                self.task.update(changes, finished_at=_local_time(), updated_at=_local_time())
-                if self.task["status"] == "completed":
-                    self.note({"role": "agent", "content": {"text": self.task["result"], "files": None}})
-                self.emit("task_finished", self.task)
+            self.task.update(changes, updated_at=_local_time())
+            status = str(self.task["status"])
+            if not self.over and AgentExecutionStatus(status).is_final:
+                self.task["finished_at"] = self.task["updated_at"]
+                said = {"role": "agent", "content": {"text": self.task["result"], "files": None}}
+                self.emit("task_finished", self.task, said if status == "completed" else None)
                 self.over = True
+            return self.task
+
+    def advance(self, **changes: Any) -> Dict[str, Any]:
+        """Change the task unless the run is over."""
+        with self.changed:
+            return self.task if self.over else self.change(changes)
 
     def play(self, agent: _LocalAgent) -> None:
         """Run the agent to its end, or to its first event after the end of the run."""
-        with self.changed:
-            if self.over:
-                return
-            self.task.update(status="executing", started_at=_local_time(), updated_at=_local_time())
-            self.note({"role": "user", "content": {key: self.task["input"][key] for key in ("text", "files")}})
-            self.emit("task_updated", self.task)
+        self.advance(status="executing", started_at=_local_time())
+        self.emit("task_updated", self.task)
         try:
             events = agent(self.task)
             while self.emit(*next(events)):
                 pass
-            events.close()
         except StopIteration as end:
-            self.end(status="completed", result=None if end.value is None else _text(end.value))
+            self.advance(status="completed", result=None if end.value is None else _text(end.value))
         except Exception as error:
-            self.end(status="failed", result=str(error) or repr(error))
+            self.advance(status="failed", result=str(error) or repr(error))
+
+    def log(self) -> Dict[str, Any]:
+        kept = {"id": self.task["id"], "created_at": self.task["created_at"]}
+        return {**kept, "messages": self.messages, "user": self.task["input"]["user"]}
 
     def stream(self, seen: int) -> Iterator[bytes]:
-        """What follows the first `seen` events, as it comes, and an empty piece once the run is over."""
+        """What follows the first `seen` events, as it comes, to the end of the run."""
         fresh = [b"retry: 100\n\n"]
         while fresh:
             yield b"".join(fresh)
@@ -2464,7 +2176,6 @@ class _LocalRun:
                     self.changed.wait()
                 fresh = self.events[seen:]
             seen += len(fresh)
-        yield b""
 
 
 class LocalPlatform:
@@ -2479,164 +2190,136 @@ class LocalPlatform:
     def __init__(self, agent: Optional[_LocalAgent] = None) -> None:
         self.tasks: Dict[str, Dict[str, Any]] = {}
         self.requests: List[Tuple[str, str, Dict[str, str], Any]] = []
-        self._agent = agent or _local_agent
-        self._lock = threading.RLock()
+        self._agent, self._lock = agent or _local_agent, threading.RLock()
         self._runs: Dict[str, _LocalRun] = {}
-        self._threads: Dict[threading.Thread, Optional[socket.socket]] = {}
+        self._threads: List[threading.Thread] = []
+        self._open: Set[socket.socket] = set()  # connections, which clients keep
 
     def __enter__(self) -> LocalPlatform:
-        self._server, self._open = _local_server(self), True
+        self._server = _local_server(self)
         self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
         self.configuration = Configuration("local-key", "local-org", self.url)
         # A proxy in the environment must not come between; __dict__, because it is frozen.
         self.configuration.__dict__["_transport"] = _Transport(self.configuration, proxies={})
         self.environ = {"XPANDER_API_KEY": "local-key", "XPANDER_ORGANIZATION_ID": "local-org"}
         self.environ.update(XPANDER_BASE_URL=self.url, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
-        self._accepting = threading.Thread(target=self._accept, daemon=True)
-        self._accepting.start()
+        self._start(self._server.serve_forever, 0.02)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open = False
-        socket.create_connection(self._server.server_address).close()  # wakes the accepting thread
-        self._accepting.join()
+        self._server.shutdown()
         self._server.server_close()
         with self._lock:
-            threads, runs = dict(self._threads), list(self._runs.values())
-        for connection in threads.values():
-            try:
-                if connection:
-                    connection.shutdown(socket.SHUT_RDWR)  # close() would not wake its reader
-            except OSError:
-                pass  # closed already
-        for run in runs:
-            run.end(status="stopped")
-        for thread in threads:
+            for run in self._runs.values():
+                run.advance(status="stopped")
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+        for thread in self._threads:
             thread.join(0.5)  # not for ever: an agent may be stuck
         self.configuration.close()
 
-    def _accept(self) -> None:
-        while self._open:
-            self._server.handle_request()
-
-    def _start(self, connection: Optional[socket.socket], target: Callable[..., None], *args: Any) -> None:
+    def _start(self, target: Callable[..., Any], *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)
         with self._lock:
-            self._threads = {old: its for old, its in self._threads.items() if old.is_alive()}
             thread.start()
-            self._threads[thread] = connection
+            self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
 
-    def _receive(self, method: str, path: str, headers: Dict[str, str], raw: bytes) -> Tuple[int, Any]:
-        """The status and the answer to a request: JSON as bytes, or a stream as an iterator of bytes."""
-        body, status = json.loads(raw or b"null"), 200
+    def _answer(self, method: str, path: str, headers: Dict[str, str], body: Any) -> Tuple[int, str, Any]:
+        """The answer to a request: its status, content type, and pieces as an iterable of bytes."""
         with self._lock:
             self.requests.append((method, path, headers, body))
             try:
-                answer = self._route(method, path, headers, body or {})
+                answer, status = self._route(method, path, headers, body or {}), 200
             except ModuleException as error:
-                answer, status = error.details or {"detail": error.description}, error.status_code
-            return status, answer if isinstance(answer, Iterator) else json.dumps(answer).encode()
+                answer, status = {"detail": error.description}, error.status_code
+            if isinstance(answer, Iterator):
+                return status, "text/event-stream", answer
+            return status, "application/json", [json.dumps(answer).encode()]
 
-    def _route(self, method: str, path: str, headers: Dict[str, str], body: Any) -> Any:
+    def _route(self, method: str, path: str, headers: Dict[str, str], body: Dict[str, Any]) -> Any:
         if headers.get("x-api-key") != "local-key":
             raise ModuleException(401, "Invalid API key")
         place, _, query = path.partition("?")
-        routes: Tuple[Tuple[str, Callable[..., Any], Any], ...] = (
-            ("POST /agent-execution/([^/]+)", self._create, body),
-            ("GET /agent-execution/executions/history/([^/]+)", self._list, urllib.parse.parse_qs(query)),
-            ("GET /activity/[^/]+/([^/]+)", self._activity, None),
-            ("GET /[^/]+/agent-execution/([^/]+)/events", self._events, headers.get("last-event-id", "")),
-            ("GET /agent-execution/([^/]+)/status", self._change, {}),
-            ("PATCH /agent-execution/([^/]+)/update", self._change, body),
-            ("DELETE /agent-execution/([^/]+)", self._stop, None),
-        )
-        for pattern, answer, given in routes:
+        last_id = headers.get("last-event-id", "")
+        seen = int(last_id) if last_id.isdecimal() else 0
+        routes: Dict[str, Callable[[str], Any]] = {
+            "POST /agent-execution/([^/]+)": lambda agent_id: self._create(agent_id, body),
+            "GET /agent-execution/executions/history/([^/]+)": lambda agent_id: self._list(agent_id, query),
+            "GET /agent-execution/([^/]+)/status": lambda task_id: self._run(task_id).task,
+            "PATCH /agent-execution/([^/]+)/update": lambda task_id: self._run(task_id).change(body),
+            "DELETE /agent-execution/([^/]+)": lambda task_id: self._stop(task_id),
+            "GET /activity/[^/]+/([^/]+)": lambda task_id: self._run(task_id).log(),
+            "GET /[^/]+/agent-execution/([^/]+)/events": lambda task_id: self._run(task_id).stream(seen),
+        }
+        for pattern, answer in routes.items():
             found = re.fullmatch(pattern, f"{method} {place}")
             if found:
-                return answer(urllib.parse.unquote(found[1]), given)
+                return answer(urllib.parse.unquote(found[1]))
         raise ModuleException(404, "Not Found")
+
+    def _stop(self, task_id: str) -> Dict[str, Any]:
+        return self._run(task_id).advance(status="stopped", is_manually_stopped=True)
+
+    def _run(self, task_id: str) -> _LocalRun:
+        if task_id not in self._runs:
+            raise ModuleException(404, "Task not found")
+        return self._runs[task_id]
 
     def _create(self, agent_id: str, given: Dict[str, Any]) -> Dict[str, Any]:
         import uuid
 
-        asked = {"text": None, "files": None, "user": None, **(given.get("input") or {})}
-        if not (asked["text"] or asked["files"] or given.get("id")):
-            fault = {"loc": ["body", "input"], "msg": "text, files or an id is needed", "type": "missing"}
-            raise ModuleException(422, "Invalid", {"detail": [fault]})
-        task = dataclasses.asdict(Task("", agent_id, "local-org", AgentExecutionInput()))
-        task.update(task.pop("extra"), id=str(uuid.uuid4()), created_at=_local_time(), updated_at=_local_time())
-        task.update(status="pending", source="api", output_format="text", think_mode="default")
-        task.update({**given, "input": asked})
+        now, asked = _local_time(), {"text": None, "files": None, "user": None, **(given.get("input") or {})}
+        ids = {"id": str(uuid.uuid4()), "agent_id": agent_id, "organization_id": "local-org"}
+        task: Dict[str, Any] = {**ids, "result": None, **given}
+        task.update(input=asked, status="pending", created_at=now, updated_at=now)
         task["parent_execution"] = task.pop("parent_execution_id", None)
-        log = self._runs[task["id"]].log if task["id"] in self._runs else []  # an id continues a task
-        self._runs[task["id"]] = run = _LocalRun(task, self._lock, log)
-        self.tasks[task["id"]] = task
-        self._start(None, run.play, self._agent)
+        earlier = self._runs.get(task["id"])  # an id continues a task
+        run = _LocalRun(task, self._lock, earlier.messages if earlier else [])
+        self._runs[task["id"]], self.tasks[task["id"]] = run, task
+        self._start(run.play, self._agent)
         return task
 
-    def _change(self, task_id: str, changes: Dict[str, Any]) -> Dict[str, Any]:
-        if task_id not in self.tasks:
-            raise ModuleException(404, "Task not found")
-        task, run = self.tasks[task_id], self._runs.get(task_id)
-        if run and not run.over and AgentExecutionStatus(str(changes.get("status"))).is_final:
-            run.end(**changes)
-        elif changes:
-            task.update(changes, updated_at=_local_time())
-        return task
-
-    def _stop(self, task_id: str, _: None) -> Dict[str, Any]:
-        task = self._change(task_id, {})
-        if not AgentExecutionStatus(task["status"]).is_final:
-            stopped = {"status": "stopped", "is_manually_stopped": True, "finished_at": _local_time()}
-            self._change(task_id, stopped)
-        return task
-
-    def _list(self, agent_id: str, filters: Dict[str, List[str]]) -> List[Dict[str, Any]]:
+    def _list(self, agent_id: str, query: str) -> List[Dict[str, Any]]:
         names = [item.name for item in dataclasses.fields(TasksListItem) if item.name != "extra"]
-        items = []
+        wanted, found = {"agent_id": agent_id, **dict(urllib.parse.parse_qsl(query))}, []
         for task in self.tasks.values():
-            user = task["input"].get("user") or {}
-            more = {"parent_task_id": task.get("parent_execution"), "source_node_type": task.get("source")}
-            known = {**task, **more, "user_id": user.get("id")}
-            if all(known.get(name) in some for name, some in {**filters, "agent_id": [agent_id]}.items()):
-                items.append({name: known.get(name) for name in names})
-        return items
-
-    def _activity(self, task_id: str, _: None) -> Dict[str, Any]:
-        task, run = self._change(task_id, {}), self._runs.get(task_id)
-        if not run or not run.log:
-            raise ModuleException(404, "No activity log yet")
-        user = task["input"].get("user")
-        return {"id": task_id, "created_at": task["created_at"], "messages": run.log, "user": user}
-
-    def _events(self, task_id: str, last_id: str) -> Iterator[bytes]:
-        self._change(task_id, {})
-        seen = int(last_id) if re.fullmatch("[0-9]{1,9}", last_id) else 0
-        return self._runs[task_id].stream(seen) if task_id in self._runs else iter([b""])
+            user_id = _within(task, "input", "user").get("id")
+            found.append({**task, "parent_task_id": task["parent_execution"], "user_id": user_id})
+        return [{name: item.get(name) for name in names} for item in found if wanted.items() <= item.items()]
 
 
-def _local_server(platform: LocalPlatform) -> Any:
-    """A server on a free port of 127.0.0.1 that asks the platform, with a thread for each connection."""
+def _local_handler(platform: LocalPlatform) -> Any:
+    """The class that carries a connection's requests to the platform, and its answers back."""
     from http.server import BaseHTTPRequestHandler
-    from socketserver import ThreadingTCPServer  # HTTPServer asks the name service for the host's name
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = -1  # head and body leave in one packet
         disable_nagle_algorithm = True
+        wbufsize = -1  # a head and its body in one packet
+
+        def setup(self) -> None:
+            super().setup()
+            platform._open.add(self.connection)
+
+        def finish(self) -> None:
+            with contextlib.suppress(OSError):
+                super().finish()
+            platform._open.discard(self.connection)
 
         def answer(self) -> None:
-            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"null")
             headers = {name.lower(): value for name, value in self.headers.items()}
-            status, answer = platform._receive(self.command, self.path, headers, raw)
-            whole = isinstance(answer, bytes)
+            status, kind, pieces = platform._answer(self.command, self.path, headers, body)
             self.send_response(status)
-            self.send_header("Content-Type", "application/json" if whole else "text/event-stream")
-            length = ("Content-Length", str(len(answer))) if whole else ("Transfer-Encoding", "chunked")
-            self.send_header(*length)
+            self.send_header("Content-Type", kind)
+            if isinstance(pieces, list):
+                self.send_header("Content-Length", str(len(pieces[0])))
+            else:
+                self.send_header("Connection", "close")  # which tells where a stream ends
             self.end_headers()
-            for piece in [answer] if whole else answer:
-                self.wfile.write(piece if whole else b"%x\r\n%s\r\n" % (len(piece), piece))
+            for piece in pieces:
+                self.wfile.write(piece)
                 self.wfile.flush()
 
         do_GET = do_POST = do_PATCH = do_DELETE = answer
@@ -2644,17 +2327,24 @@ def _local_server(platform: LocalPlatform) -> Any:
         def log_message(self, *_: Any) -> None:
             pass
 
+    return Handler
+
+
+def _local_server(platform: LocalPlatform) -> Any:
+    """A server on a free port of 127.0.0.1 that asks the platform, with a thread for each connection."""
+    from socketserver import ThreadingTCPServer  # HTTPServer asks the name service for the host's name
+
     class Server(ThreadingTCPServer):
         request_queue_size = 512
 
-        def process_request(self, request: Any, client_address: Any) -> None:
-            platform._start(request, self.process_request_thread, request, client_address)
+        def process_request(self, *connection: Any) -> None:
+            platform._start(self.process_request_thread, *connection)
 
-        def handle_error(self, request: Any, client_address: Any) -> None:
+        def handle_error(self, *connection: Any) -> None:
             if not isinstance(sys.exc_info()[1], OSError):  # a client that left is no error
-                super().handle_error(request, client_address)
+                super().handle_error(*connection)
 
-    return Server(("127.0.0.1", 0), Handler)
+    return Server(("127.0.0.1", 0), _local_handler(platform))
 
 
 # ---------------------------------------------------------------------------
@@ -2666,14 +2356,13 @@ usage: xtask COMMAND ... [--json]          (or: python3 xtask.py COMMAND ...)
 
 Follow the tasks of agents on the xpander.ai platform.
 
-  xtask demo                          a whole run here: no account, no network
-  xtask run AGENT_ID "Sum this up" --file https://example.com/sales.csv
-                                      create a task and watch it
-  xtask watch TASK_ID                 what a task does, live, then its result
-  xtask show TASK_ID                  a task as it is now
-  xtask log TASK_ID                   what it did: its activity log
-  xtask stop TASK_ID                  stop it
-  xtask list AGENT_ID                 the tasks of an agent
+  xtask demo                              a run here: no account, no network
+  xtask run AGENT_ID "Sum up" --file URL  create a task and watch it
+  xtask watch TASK_ID                     what it does, live, then its result
+  xtask show TASK_ID                      a task as it is now
+  xtask log TASK_ID                       what it did: its activity log
+  xtask stop TASK_ID                      stop it
+  xtask list AGENT_ID                     the tasks of an agent
 
 --json     for programs: one JSON object, or one a line for run, watch, demo and
            list, as the platform sent it, with the secrets that are in it
@@ -2697,24 +2386,23 @@ _TOLD: Dict[str, Tuple[str, str, Tuple[str, ...], Tuple[str, ...]]] = {
     "user": ("user", "", ("content",), ("text", "files")),
     "agent": ("agent", "", ("content",), ()),
 }
-
-
-def _width() -> int:
-    import shutil
-
-    return max(20, shutil.get_terminal_size().columns - 1)  # a full row makes some terminals wrap
+_ENTRIES: Dict[type, str] = {  # told as the event that left them in the log
+    AgentActivityThreadToolCall: "tool_call_result",
+    AgentActivityThreadSubAgentTrigger: "sub_agent_trigger",
+    AgentActivityThreadAuth: "auth_event",
+}
 
 
 def _cut(text: str) -> str:
-    """As much of a line as fits into the terminal, whose cells are not characters."""
+    """As much of a line as fits into the terminal, where a sign may take two cells."""
+    import shutil
     import unicodedata
 
-    left = _width()
-    for index, sign in enumerate(text):
-        left -= 2 if unicodedata.east_asian_width(sign) in "WF" else 1
-        if left < 0:
-            return text[: index - 3] + "..."
-    return text
+    width = max(20, shutil.get_terminal_size().columns - 1)  # a full row makes some terminals wrap
+    fitting = text[:width]
+    while len(fitting) + sum(unicodedata.east_asian_width(sign) in "WF" for sign in fitting) > width:
+        fitting = fitting[:-1]
+    return text if fitting == text else fitting[:-3] + "..."
 
 
 def _printable(text: str) -> str:
@@ -2748,136 +2436,121 @@ class _Screen:
 
     def __init__(self, task: Optional[Task] = None) -> None:
         self.task, self.doing = task, "waiting"
-        self._live = bool(task and sys.stdout and sys.stdout.isatty())
-        self._drawn = self._in_line = False
-        self._lock, self._left = threading.Lock(), threading.Event()
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self.live = bool(task and sys.stdout and sys.stdout.isatty())
+        self.drawn, self.in_line = "", False
+        self.lock, self.left = threading.Lock(), threading.Event()
+        self.ticker = threading.Thread(target=self.tick, daemon=True)
 
     def __enter__(self) -> _Screen:
-        if self._live:
-            self._ticker.start()
+        self.ticker.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left.set()
-        if self._live:
-            self._ticker.join()
-        self._live = False
-        self.write("\n" if self._in_line else "")
+        self.left.set()
+        self.ticker.join()
+        self.live = False
+        self.write("\n" * self.in_line)
 
-    def _tick(self) -> None:
-        try:
-            while not self._left.wait(1):
+    def tick(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the output is closed: the main thread will see
+            while self.live and not self.left.wait(1):
                 self.write("")
-        except (OSError, ValueError):
-            pass  # the output is closed; the main thread will see
 
     def write(self, text: str) -> None:
         """Text as it is. The live line moves down, and is away while the text stands within a line."""
-        with self._lock:
-            wipe = "\r" + " " * _width() + "\r" if self._drawn else ""
-            self._in_line = not text.endswith("\n") if text else self._in_line
-            self._drawn = self._live and not self._in_line
-            now = datetime.now(timezone.utc)
-            live = _cut(f"{_span(self.task, now)}  {self.doing}") if self._drawn and self.task else ""
-            print(wipe + _printable(text) + live, end="", flush=True)
+        with self.lock:
+            self.in_line = not text.endswith("\n") if text else self.in_line
+            wipe = "\r" + " " * len(self.drawn) + "\r" if self.drawn else ""
+            self.drawn = ""
+            if self.task and self.live and not self.in_line:
+                self.drawn = _cut(f"{_span(self.task, datetime.now(timezone.utc))}  {self.doing}")
+            print(wipe + _printable(text) + self.drawn, end="", flush=True)
 
-    def line(self, when: Any, label: str, *facts: Any) -> None:
-        told = ": ".join(_one_line(fact) for fact in facts if fact not in (None, "", [], {}))
-        self.write("\n" * self._in_line + _cut(f"{_clock(when)}  {label:<10} {told}".rstrip()) + "\n")
-
-    def tell(self, when: Any, kind: str, data: Any) -> None:
-        """A line for an event or an entry of the log; the answer and a login's URL follow it uncut."""
-        label, self.doing, place, names = _TOLD.get(kind, (_one_line(kind), "working", (), ()))
-        known = {**_within(data), **_within(data, *place)}
-        facts = [known.get(name) for name in names] if known and kind in _TOLD else [data]
-        self.line(when, "failed" if known.get("is_error") is True else label, *facts)
-        if kind == "agent":
-            self.whole(known.get("text"))
-        elif kind == "auth_event" and known.get("type") == "login_required":
-            self.whole(known.get("url"))
+    def row(self, when: Any, label: str, told: str) -> None:
+        self.write("\n" * self.in_line + _cut(f"{_clock(when)}  {label:<10} {told}".rstrip()) + "\n")
 
     def whole(self, value: Any) -> None:
         if value is not None:
             self.write(_text(value) + "\n")
 
+    def tell(self, when: Any, kind: str, data: Any) -> None:
+        """A row for an event or an entry of the log; the answer and a login's URL follow it uncut."""
+        label, self.doing, place, names = _TOLD.get(kind, (_one_line(kind), "working", (), ()))
+        known = {**_within(data), **_within(data, *place)}
+        facts = [known.get(name) for name in names] if known and kind in _TOLD else [data]
+        told = ": ".join(_one_line(fact) for fact in facts if fact not in (None, "", [], {}))
+        self.row(when, "failed" if known.get("is_error") is True else label, told)
+        if kind == "agent":
+            self.whole(known.get("text"))
+        elif kind == "auth_event" and known.get("type") == "login_required":
+            self.whole(known.get("url"))
+
+    def show(self, event: TaskUpdateEvent, own: bool) -> None:
+        data = event.raw.get("data")
+        if event.type == "chunk" and own and isinstance(data, str):
+            self.doing = "answering"
+            self.write(data)
+        elif event.type != "connected" and not (event.type == "task_finished" and own):
+            self.tell(event.time, event.type, data)
+
 
 def _put(value: Any) -> None:
     """JSON for programs; ASCII alone, so that it can be encoded and steers no terminal."""
-    print(json.dumps(value).replace("\x7f", "\\u007f"), flush=True)
+    print(json.dumps(value), flush=True)
 
 
 def _complain(error: object, code: int) -> int:
-    try:
+    with contextlib.suppress(OSError):  # nobody is there to read it
         print("xtask:", _one_line(str(error) or repr(error)), file=sys.stderr, flush=True)
-    except OSError:
-        pass  # nobody is there to read it
     return code
 
 
 def _follow(task: Task, as_json: bool) -> int:
     """Show a task's events to its end, which alone is shown of a task without a stream."""
-    from contextlib import closing
-
-    done = None
     with _Screen(None if as_json else task) as screen:
         if not as_json:
             screen.write(f"{_clock(task.created_at)}  task       {task.id}\n")  # whole: to watch it again
-        if task.events_streaming:
-            with closing(task.events()) as events:
-                for event in events:
-                    done = _show_event(screen, event, task, as_json)
-        # A large task comes trimmed in its last event.
-        if not (isinstance(done, Task) and done.is_finished and done.result is not None):
-            done = task.wait_finished()
-            if as_json and not task.events_streaming:
-                ids = {"task_id": done.id, "organization_id": done.organization_id}
-                _put({"type": "task_finished", **ids, "time": _local_time(), "data": done.to_dict()})
+        for event in task.events() if task.events_streaming else ():
+            if as_json:
+                _put(event.raw)
+            else:
+                screen.show(event, event.task_id == task.id)
+        # the last event may hold a trimmed task, and a server may tell the status a little later
+        task.wait_finished(10 if task.events_streaming else None)
     if not as_json:
-        screen.line(done.finished_at, _one_line(done.status), "after " + _span(done, done.finished_at))
-        screen.write("\n")
-        screen.whole(done.result)
-    return 0 if done.status == "completed" else _complain(f"the task ended as {done.status}", 1)
-
-
-def _show_event(screen: _Screen, event: TaskUpdateEvent, task: Task, as_json: bool) -> Any:
-    """Show one event; returns its data."""
-    data, own = event.raw.get("data"), event.task_id == task.id
-    if as_json:
-        _put(event.raw)
-    elif event.type == "chunk" and own and isinstance(data, str):
-        screen.doing = "answering"
-        screen.write(data)
-    elif event.type != "connected" and not (event.type == "task_finished" and own):
-        screen.tell(event.time, str(event.type), data)
-    return event.data
+        screen.row(task.finished_at, _one_line(task.status), "after " + _span(task, task.finished_at))
+        screen.whole("")
+        screen.whole(task.result)
+    elif not task.events_streaming:
+        _put({"type": "task_finished", "task_id": task.id, "data": task.to_dict()})
+    return 0 if task.status == "completed" else _complain(f"the task ended as {task.status}", 1)
 
 
 def _show(told: Union[Task, TasksListItem, AgentActivityThread], as_json: bool) -> None:
+    """What a command found: a log, an item of a list on one line, or a task and its result."""
+    screen = _Screen()
     if as_json:
         _put(told.to_dict())
     elif isinstance(told, AgentActivityThread):
-        _show_log(told)
+        for entry in told.messages if isinstance(told.messages, list) else []:
+            kind = _ENTRIES.get(type(entry)) or getattr(entry, "role", None) or getattr(entry, "type", "")
+            screen.tell(getattr(entry, "created_at", None), str(kind or "other"), _plain(entry))
     elif isinstance(told, TasksListItem):
         facts = _clock(told.created_at, "%Y-%m-%d %H:%M"), told.status or "", told.id, told.title or ""
-        _Screen().write(_cut("{:<16}  {:<10}  {}  {}".format(*map(_one_line, facts)).rstrip()) + "\n")
+        screen.whole(_cut("{:<16}  {:<10}  {}  {}".format(*map(_one_line, facts)).rstrip()))
     else:
         for name, value in _mask(told.to_dict()).items():
             if name != "result" and value not in (None, False, "", [], {}):
-                _Screen().write(_cut(f"{_one_line(name):<22} {_one_line(value)}") + "\n")
-        _Screen().whole(told.result)
+                screen.whole(_cut(f"{_one_line(name):<22} {_one_line(value)}"))
+        screen.whole(told.result)
 
 
-def _show_log(log: AgentActivityThread) -> None:
-    kinds = {
-        AgentActivityThreadToolCall: "tool_call_result",
-        AgentActivityThreadSubAgentTrigger: "sub_agent_trigger",
-        AgentActivityThreadAuth: "auth_event",
-    }
-    for entry in log.messages if isinstance(log.messages, list) else []:
-        kind = kinds.get(type(entry)) or getattr(entry, "role", None) or getattr(entry, "type", "other")
-        data = entry.to_dict() if hasattr(entry, "to_dict") else entry
-        _Screen().tell(getattr(entry, "created_at", None), str(kind), data)
+def _version() -> int:
+    import hashlib
+
+    source = globals()["__loader__"].get_data(__file__)  # a loader reads out of a zip file, too
+    print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}")
+    return 0
 
 
 def _demo(as_json: bool) -> int:
@@ -2887,16 +2560,8 @@ def _demo(as_json: bool) -> int:
         code = _follow(task, as_json)
         if not as_json:
             print("\nActivity log", flush=True)
-            _show_log(task.get_activity_log())
+            _show(task.get_activity_log(), as_json)
     return code
-
-
-def _version() -> int:
-    import hashlib
-
-    source = globals()["__loader__"].get_data(__file__)  # a loader reads out of a zip file, too
-    print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}")
-    return 0
 
 
 def _run(argv: List[str]) -> int:
@@ -2912,10 +2577,10 @@ def _run(argv: List[str]) -> int:
     if "-h" in options or "--help" in options:
         print(_HELP)
         return 0
-    command, given, as_json = words[0] if words else "", words[1:], "--json" in options
+    command, given = words[0] if words else "", words[1:]
     if len(given) != _WORDS.get(command) or files and command != "run":
         raise ValueError(f"wrong usage: {' '.join(words) or 'no command'}; see xtask --help")
-    return _obey(command, given, files, as_json)
+    return _obey(command, given, files, "--json" in options)
 
 
 def _obey(command: str, given: List[str], files: List[str], as_json: bool) -> int:
@@ -2944,11 +2609,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         code = 130
     except BrokenPipeError:
         code = 0  # the reader has all it wanted
-    except ModuleException as error:
-        unset = not error.answered and error.status_code in (400, 401)
-        code = _complain(error, 2 if unset else 1)
-    except (ValueError, OSError, RecursionError) as error:
-        code = _complain(error, 2 if isinstance(error, ValueError) else 1)
+    except (ModuleException, ValueError, OSError, RecursionError) as error:
+        unset = isinstance(error, ModuleException) and not error.answered and error.status_code < 500
+        code = _complain(error, 2 if unset or isinstance(error, ValueError) else 1)
     try:
         print(end="", flush=True)
     except OSError:  # the interpreter, too, would flush what is left, and complain
