@@ -1862,6 +1862,23 @@ def test_a_whole_life_on_the_local_platform(face):
         assert call(face, task, "stop").status == "completed"
 
 
+def test_stopping_keeps_unsaved_changes_for_the_next_save():
+    told = task_dict(title="old")
+
+    def script(connection, number):
+        while connection.request():
+            method, _, _, body = connection.server.requests[-1]
+            changed = json.loads(body) if method == "PATCH" else {}
+            connection.answer(200, {**told, "status": "stopped", **changed})
+
+    with RawServer(script) as server:
+        task = xtask.Task.from_dict(told, server.config)
+        task.title, task.status = "mine", "paused"
+        assert task.stop() is task and (task.status, task.title) == ("stopped", "mine")
+        task.save()
+    assert [json.loads(body or b"null") for _, _, _, body in server.requests] == [None, {"title": "mine"}]
+
+
 # ---------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------

@@ -179,7 +179,7 @@ class OutputFormat(_OpenEnum):
 
 
 class TaskUpdateEventType(_OpenEnum):
-    """The type of an event. To add one, add a line; typed data is chosen in `_event_data`."""
+    """The type of an event. To add one, add a line; typed data has its class in `_EVENT_RECORDS`."""
 
     Connected = "connected"
     TaskCreated = "task_created"
@@ -862,8 +862,13 @@ class Task(_Record):
         return await _in_thread(self.set_status, status, result)
 
     def stop(self) -> Task:
-        """Stop the task and take its new status. Route: DELETE /agent-execution/{task_id}."""
-        return self._take(self.configuration._call("DELETE", "agent-execution", _quote(self.id, "task id")))
+        """Stop the task and take the server's state; unsaved changes of other fields than the status stay.
+
+        Route: DELETE /agent-execution/{task_id}.
+        """
+        before = {**self._told(), "status": _plain(self.status)}
+        answer = self.configuration._call("DELETE", "agent-execution", _quote(self.id, "task id"))
+        return self._take(answer, before)
 
     async def astop(self) -> Task:
         """`stop`, async."""
