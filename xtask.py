@@ -217,7 +217,7 @@ def _time(value: Any) -> Any:
     """An aware datetime (no zone means UTC); what does not parse stays as it came."""
     if not isinstance(value, str) or not value.isascii():
         return value
-    spelled = value[:-1] + "+00:00" if value.endswith(("Z", "z")) else value
+    spelled = value[:-1] + "+00:00" if value[-1:] in "Zz" else value
     if sys.version_info < (3, 11):  # where a fraction has 3 or 6 digits, elsewhere any number
         spelled = re.sub(r"\.\d+", lambda fraction: f"{fraction[0]:0<7}"[:7], spelled)
     try:
@@ -265,11 +265,13 @@ def _plan(cls: type) -> _Plan:
     return _plans.setdefault(cls, _Plan(loads, defaults, factories))
 
 
-def _as(load: Callable[[Any], Any], kind: type = str) -> Any:
-    """A field whose JSON value is converted by `load` if it is of that kind, else stays as it came."""
-    return field(
-        default=None, metadata={"load": lambda value: load(value) if isinstance(value, kind) else value}
-    )
+def _as(load: Callable[[Any], Any], kind: Optional[type] = None) -> Any:
+    """A field whose JSON value is converted by `load`; of another kind than that it stays as it came."""
+
+    def checked(value: Any) -> Any:
+        return load(value) if kind and isinstance(value, kind) else value
+
+    return field(default=None, metadata={"load": checked if kind else load})
 
 
 class _Record:
@@ -416,7 +418,7 @@ class AgentActivityThreadToolCall(_Entry):
 class AgentActivityThreadReasoning(_Entry):
     """A thought of the agent."""
 
-    type: AgentActivityThreadReasoningType = _as(AgentActivityThreadReasoningType)
+    type: AgentActivityThreadReasoningType = _as(AgentActivityThreadReasoningType, str)
     title: Optional[str] = None
     confidence: Optional[float] = None
     thought: Optional[str] = None
@@ -639,7 +641,7 @@ class TasksListItem(_Record):
     id: str
     agent_id: Optional[str] = None
     organization_id: Optional[str] = None
-    status: Optional[AgentExecutionStatus] = _as(AgentExecutionStatus)
+    status: Optional[AgentExecutionStatus] = _as(AgentExecutionStatus, str)
     user_id: Optional[str] = None
     parent_task_id: Optional[str] = None
     triggering_agent_id: Optional[str] = None
@@ -676,7 +678,7 @@ class Task(_Record):
     started_at: _Time = _as(_time)
     paused_at: _Time = _as(_time)
     finished_at: _Time = _as(_time)
-    status: Optional[AgentExecutionStatus] = _as(AgentExecutionStatus)
+    status: Optional[AgentExecutionStatus] = _as(AgentExecutionStatus, str)
     internal_status: Optional[str] = None
     result: Optional[str] = None
     title: Optional[str] = None
@@ -697,7 +699,7 @@ class Task(_Record):
     disable_attachment_injection: Optional[bool] = False
     payload_extension: Optional[Dict[str, Any]] = None
     output_schema: Optional[Dict[str, Any]] = None
-    output_format: Optional[OutputFormat] = _as(OutputFormat)
+    output_format: Optional[OutputFormat] = _as(OutputFormat, str)
     think_mode: Optional[str] = None
     mcp_servers: Optional[List[Dict[str, Any]]] = field(default_factory=list)
     hitl_request: Optional[Dict[str, Any]] = None
@@ -1668,7 +1670,7 @@ class TaskUpdateEvent(_Record):
         kind, body = data["type"], data.get("data")
         task_id = data.get("task_id") or required.get("id")
         if isinstance(body, dict):
-            body = _event_data(kind, body, {**required, "id": task_id}, configuration)
+            body = _event_data(kind, body, required, task_id, configuration)
         kind = _EVENT_TYPES.get(kind) or TaskUpdateEventType(kind)
         raw = data if isinstance(data, dict) else dict(data)
         return cls(kind, task_id, data.get("organization_id"), _time(data.get("time")), body, raw)
@@ -1692,11 +1694,13 @@ _EVENT_RECORDS: Dict[str, Type[_Record]] = {
 }
 
 
-def _event_data(kind: str, data: Dict[str, Any], required: Mapping[str, Any], configuration: Any) -> Any:
+def _event_data(
+    kind: str, data: Dict[str, Any], required: Mapping[str, Any], task_id: Any, configuration: Any
+) -> Any:
     """The data of an event, typed where its type and its shape allow."""
     record = _EVENT_RECORDS.get(kind)
     if record is Task:
-        data = {**required, **data}
+        data = {**required, "id": task_id, **data}
         return Task._from_told(data, json.dumps(data), configuration)
     if record and isinstance(data.get("request_id"), str) and isinstance(data.get("operation_id"), str):
         return record.from_dict(data)
