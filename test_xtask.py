@@ -3132,6 +3132,65 @@ def test_cancelling_await_finished_is_immediate_and_nothing_goes_on_waiting(when
         assert took < 0.2 and asked == len(server.requests) == 1
 
 
+def test_an_error_whose_body_does_not_end_is_raised_with_what_it_said():
+    def script(connection, number):
+        connection.request()
+        connection.send('HTTP/1.1 401 no\r\n\r\n{"detail": "bad key"}')
+        connection.wait_closed()
+
+    with RawServer(script) as server:
+        started = time.monotonic()
+        with pytest.raises(xtask.ModuleException, match=r"\[401\] bad key"):
+            list(make_task(server.config).events())
+        assert time.monotonic() - started < 5  # not idle_timeout, which is 90 s
+
+
+def test_a_stream_in_an_unknown_transfer_encoding_is_an_error_and_not_half_its_events():
+    def script(connection, number):
+        connection.request()
+        connection.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                        "Transfer-Encoding: identity, chunked\r\n\r\n5\r\ndata:\r\n3\r\n x\n\r\n0\r\n\r\n")
+
+    with RawServer(script) as server, pytest.raises(xtask.ModuleException, match="Transfer-Encoding"):
+        list(make_task(server.config).events())
+
+
+CLOSED_LOOP = """
+import asyncio, gc, sys, threading, time, xtask
+config = xtask.Configuration("k", "o", sys.argv[1])
+task = xtask.Task.from_dict({"id": "t-1", "events_streaming": True, "status": "executing"}, config)
+loop = asyncio.new_event_loop()
+events = task.aevents()
+loop.run_until_complete(events.__anext__())
+loop.close()
+if sys.argv[2] == "collect":
+    del events
+    gc.collect()
+for _ in range(100):
+    if threading.active_count() == 1:
+        sys.exit(0)
+    time.sleep(0.05)
+sys.exit("a thread was left")
+"""
+
+
+@pytest.mark.parametrize("what", ["hold", "collect"])
+def test_a_loop_that_is_closed_under_a_stream_leaves_no_thread_and_no_noise(what):
+    def script(connection, number):
+        connection.request()
+        connection.start_stream()
+        while True:
+            connection.event("chunk", "x" * 4096)
+
+    with RawServer(script) as server:
+        done = run_python(CLOSED_LOOP, server.url, what)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_pause_stays_a_pause_after_any_number_of_failures():
+    assert 0 < xtask._pause_after(xtask.ModuleException(503, "x"), 5000) <= 8
+
+
 # ---------------------------------------------------------------------------
 # Transport
 # ---------------------------------------------------------------------------
@@ -3887,6 +3946,81 @@ def test_a_proxy_that_does_not_let_us_through_is_told_without_its_password(schem
         told = everything_told(failed.value)
         assert "wrong-pass" not in told and base64.b64encode(b"user:wrong-pass").decode() not in told
         assert failed.value.status_code in (407, 500)
+
+
+def test_interim_answers_are_passed_over_and_not_taken_for_the_next_requests():
+    def script(connection, number):
+        while connection.request():
+            connection.send("HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 102 P\r\n\r\n")
+            connection.answer(200, task_dict(id=connection.server.requests[-1][1].split("/")[2]))
+
+    with RawServer(script) as server:
+        assert [xtask.Task.load(name, server.config).id for name in "abc"] == ["a", "b", "c"]
+        assert server.connections == 1
+
+
+ODD_HEADS = {
+    "a negative chunk": ("200 OK", "-1\r\n" + " " * 99),
+    "a 304 with a chunk without end": ("304 N", "1" * 5000),
+    "a date beyond all": ("429 N\r\nRetry-After: Mon, 01 Jan 99999999999 00:00:00 GMT", "0\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("status, body", ODD_HEADS.values(), ids=ODD_HEADS)
+def test_odd_framing_is_a_module_exception(status, body, pauses):
+    def script(connection, number):
+        connection.request()
+        connection.send(f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\n\r\n{body}")
+
+    with RawServer(script) as server, pytest.raises(xtask.ModuleException):
+        xtask.Task.load("t-1", server.config)
+
+
+def test_a_204_ends_with_its_head_whatever_it_says_of_chunks():
+    def script(connection, number):
+        while connection.request():
+            if connection.server.requests[-1][0] == "DELETE":
+                connection.send("HTTP/1.1 204 N\r\nTransfer-Encoding: chunked\r\n\r\n")
+            else:
+                connection.answer(200, task_dict(status="stopped"))
+
+    with RawServer(script) as server:
+        assert make_task(server.config).stop().status == "stopped"
+
+
+def test_a_stop_whose_answer_was_lost_on_a_kept_connection_is_settled_by_the_status():
+    def script(connection, number):
+        while connection.request():
+            deletes = [method for method, *_ in connection.server.requests].count("DELETE")
+            if connection.server.requests[-1][0] != "DELETE":
+                connection.answer(200, task_dict(status="stopped" if deletes else "executing"))
+            elif deletes == 1:
+                return
+            else:
+                connection.answer(404, {"detail": "not there"})
+
+    with RawServer(script) as server:
+        assert xtask.Task.load("t-1", server.config).stop().status == "stopped"
+
+
+def test_a_change_made_while_a_save_had_nothing_to_send_stays():
+    asked, go_on = threading.Event(), threading.Event()
+
+    def script(connection, number):
+        connection.request()
+        asked.set()
+        go_on.wait(5)
+        connection.answer(200, task_dict(title="old"))
+
+    with RawServer(script) as server:
+        task = make_task(server.config, title="old")
+        saving = threading.Thread(target=task.save)
+        saving.start()
+        assert asked.wait(5)
+        task.title = "new"
+        go_on.set()
+        saving.join(5)
+        assert task.title == "new"
 
 
 # ---------------------------------------------------------------------------

@@ -1028,7 +1028,7 @@ class Task(_Record):
         told = {name: value for name, value in self._told().items() if name not in always}
         changes = _difference(told, before)
         if not changes:
-            return self.reload()
+            return self._take(None, before)
         route = ("agent-execution", _quote(self.id, "task id"), "update")
         return self._take(self.configuration._call("PATCH", *route, body=changes), before)
 
@@ -1113,6 +1113,7 @@ class _Request(urllib.request.Request):
     guarded = False  # the URL is a stranger's: judge each address before connecting
     proxied = False
     keep = False  # over a kept connection, which is kept again
+    again = False  # it was sent before, over a kept connection that broke
     hops = 0
 
     def __init__(self, method: str, url: str, headers: _Headers, line: _Line) -> None:
@@ -1204,7 +1205,9 @@ class _Connection(http.client.HTTPConnection):
         self.sock = _dial(self.host, self.port, self.judged, line)
         if self.context:
             if self.origin.proxied:
-                _ask_for_tunnel(self.sock, self.origin.place, self.password)
+                parts = urllib.parse.urlsplit(self.origin.full_url)
+                place = self.origin.place if parts.port else f"{self.origin.place.rstrip(':')}:443"
+                _ask_for_tunnel(self.sock, place, self.password)
             name = urllib.parse.urlsplit(self.origin.full_url).hostname
             self.sock = self.context.wrap_socket(
                 self.sock, server_hostname=name, do_handshake_on_connect=False
@@ -1278,6 +1281,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         if kept:
             with contextlib.suppress(*_BROKEN):  # closed while it lay idle: no answer was lost
                 return self._send(kept, request)
+            request.again = True
         if request.type == "https" and self._context is None:
             self._context = ssl.create_default_context()  # 20 ms: once, and only for https
         context = self._context if request.type == "https" else None
@@ -1296,10 +1300,16 @@ class _Handler(urllib.request.AbstractHTTPHandler):
                 request.line.hold(connection.sock)
             connection.request(request.get_method(), request.selector, request.data, headers)
             response = connection.getresponse()
+            for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
+                if 101 < response.status < 200:
+                    response.headers = None  # type: ignore[assignment]
+                    response.begin()
         except BaseException:
             connection.close()
             raise
         assert isinstance(response, _Response)
+        # a 204 or 304 ends with its head, whatever it says of chunks (RFC 9112, section 6.3)
+        response.chunked = response.chunked and response.length != 0
         response.connection = connection
         return response
 
@@ -1319,7 +1329,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     def give_back(self, response: _Response) -> None:
         """Keep the connection of an answer that was read to its end."""
         connection = response.connection
-        whole = connection.sock and response.isclosed()
+        whole = connection.sock and response.isclosed() and response.status >= 200
         if whole and connection.origin.keep and len(self.idle) < _KEEP_CONNECTIONS:
             connection.idle_since = time.time()
             self.idle.append(connection)
@@ -1426,10 +1436,12 @@ class _Transport:
             try:
                 return self._once(request)
             except ModuleException as error:
-                if method == "DELETE" and attempt and error.status_code == 404:
+                again = attempt or request.again
+                if method == "DELETE" and again and error.status_code == 404:
                     return _Answer(None, b"", request.place)  # the first try did it, and its answer was lost
                 pause = _pause_after(error, attempt) if _may_repeat(method, error) else None
-                if pause is None or attempt >= self.max_retries:
+                left = line and line.hung_up.is_set()
+                if pause is None or left or attempt >= self.max_retries:
                     raise
             _wait(pause, line)
             attempt += 1
@@ -1490,7 +1502,7 @@ def _read_all(response: _Response) -> bytes:
         return response.read()
     body = bytearray()
     while len(body) <= _MAX_ANSWER:
-        part = response.read(65536)
+        part = response.read1(65536)
         if not part:
             return bytes(body)
         body += part
@@ -1527,7 +1539,7 @@ def _retry_after(value: str) -> Optional[float]:
         return float(value.strip()[:300])  # more digits make an infinity in either case
     try:
         moment = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return max(0.0, moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() - time.time())
 
@@ -1544,7 +1556,7 @@ def _pause_after(error: ModuleException, attempt: int) -> Optional[float]:
     """Seconds to the next try, as the server asked or growing and jittered; None if it asks too much."""
     asked = error._retry_after
     if asked is None:
-        return min(8.0, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)
+        return min(8.0, 0.5 * 2.0 ** min(attempt, 9)) * random.uniform(0.5, 1.0)
     return asked if asked <= _MAX_RETRY_AFTER else None
 
 
@@ -1761,7 +1773,8 @@ class _Stream:
                 again = tells if error.answered else isinstance(cause, _TIMEOUTS + _BROKEN)
                 pause = _pause_after(error, self.failures) if again else None
                 self.failures += 1
-                if pause is None or self.failures > self.configuration.max_retries:
+                left = self.line.hung_up.is_set()
+                if pause is None or left or self.failures > self.configuration.max_retries:
                     raise
             _wait(pause, self.line)
 
@@ -1779,12 +1792,19 @@ class _Stream:
             raise transport.no_answer(request.place, error) from error
         if not 200 <= response.status < 300:
             with response:
-                try:
-                    body = response.read(65536)
-                except (OSError, http.client.HTTPException):
-                    body = b""  # the status says enough
-                transport.judge(response, body, request.place)  # which raises
+                transport.judge(response, self._reason(response), request.place)  # which raises
         return response
+
+    def _reason(self, response: _Response) -> bytes:
+        """What an error says within 2 s: the status says enough to go on with."""
+        body, part, ends = b"", b"-", time.monotonic() + 2.0
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if self.line.socket:
+                self.line.socket.settimeout(2.0)
+            while part and len(body) < 65536 and time.monotonic() < ends:
+                part = response.read1(65536)
+                body += part
+        return body
 
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
         """The events of one connection, until it ends in whatever way."""
@@ -1793,6 +1813,8 @@ class _Stream:
             return
         if status != 200 or kind != "text/event-stream":
             raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
+        if response.headers.get("Transfer-Encoding") and not response.chunked:
+            raise ModuleException(500, "The stream has a Transfer-Encoding other than chunked")
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.replayed = set(self.seen)
         while not self.finished:
@@ -1870,8 +1892,10 @@ class _Relay:
                 for batch in batches:
                     self.put(batch)
                     while self.stream.weight - self.taken > _RELAY_BYTES and not left.is_set():
-                        self.room.wait()
+                        self.room.wait(1.0)
                         self.room.clear()  # then look again: what was set meanwhile is not lost
+                        if self.loop.is_closed():
+                            self.stream.line.hang_up()
                     if left.is_set():
                         break
             self.put([])
@@ -1906,7 +1930,7 @@ async def _aevents(task: Task) -> AsyncGenerator[TaskUpdateEvent, None]:
         for exponent in range(8):  # some 0.1 s: a thread inside a name look-up ends with it
             relay.stream.line.hang_up()  # again: it may have been about to connect
             relay.room.set()
-            if not thread.is_alive():
+            if not thread.is_alive() or relay.loop.is_closed():
                 break
             await asyncio.sleep(0.0005 * 2**exponent)
 
