@@ -1230,8 +1230,8 @@ class _Connection(http.client.HTTPConnection):
 def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
     """A socket connected to the first address of the host that answers."""
     found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    if judged and not all(_is_public(str(address[0])) for *_, address in found):
-        raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
+    if judged:
+        _judge_addresses(host, found)
     ends = time.monotonic() + _CONNECT_TIMEOUT
     for left, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found):
         sock = socket.socket(family, kind, protocol)
@@ -1276,7 +1276,8 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
     def http_open(self, request: Any) -> _Response:
         if request.guarded and request.proxied:
-            _judge_literal(request, self._trusted)
+            # names are the proxy's to resolve; an address that is written out can be judged
+            _judge_host(request.full_url, self._trusted, socket.AI_NUMERICHOST)
         kept = self._take(request) if request.keep else None
         if kept:
             with contextlib.suppress(*_BROKEN):  # closed while it lay idle: no answer was lost
@@ -1301,9 +1302,10 @@ class _Handler(urllib.request.AbstractHTTPHandler):
             connection.request(request.get_method(), request.selector, request.data, headers)
             response = connection.getresponse()
             for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
-                if 101 < response.status < 200:
-                    response.headers = None  # type: ignore[assignment]
-                    response.begin()
+                if not 101 < response.status < 200:
+                    break
+                response.headers = None  # type: ignore[assignment]
+                response.begin()
         except BaseException:
             connection.close()
             raise
@@ -1971,6 +1973,12 @@ def _is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or site_local)
 
 
+def _judge_addresses(host: str, found: Iterable[Tuple[Any, ...]]) -> None:
+    """Refuse a host of which any address, as getaddrinfo gives them, is not public."""
+    if not all(_is_public(str(address[0])) for *_, address in found):
+        raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
+
+
 def _judge_host(url: str, trusted: Iterable[str], flags: int = 0) -> None:
     """Refuse a URL whose host is not trusted and has an address that is not public."""
     host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
@@ -1979,13 +1987,8 @@ def _judge_host(url: str, trusted: Iterable[str], flags: int = 0) -> None:
         found = socket.getaddrinfo("127.0.0.1" if local else host, None, flags=flags)
     except OSError:
         return  # no address to refuse
-    if host not in trusted and not all(_is_public(str(address[0])) for *_, address in found):
-        raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
-
-
-def _judge_literal(request: _Request, trusted: Iterable[str]) -> None:
-    """Behind a proxy names are not ours to resolve; an address that is written out can be judged."""
-    _judge_host(request.full_url, trusted, socket.AI_NUMERICHOST)
+    if host not in trusted:
+        _judge_addresses(host, found)
 
 
 def _may_fetch(configuration: Configuration, url: str) -> bool:
