@@ -1489,7 +1489,7 @@ ROOTS = [
 @pytest.mark.parametrize("base_url, api, events", ROOTS, ids=[str(root[0]) for root in ROOTS])
 def test_the_roots_of_the_api_and_of_the_events(base_url, api, events):
     config = configuration(base_url)
-    assert config._api_url("x") == api + "/x"
+    assert config._api_url("/x") == api + "/x"
     events = events.replace("the same", api)
     assert config._events_url(make_task(config)) == events + "/agent-execution/t-1/events"
 
@@ -3188,7 +3188,7 @@ def test_a_loop_that_is_closed_under_a_stream_leaves_no_thread_and_no_noise(what
 
 
 def test_a_pause_stays_a_pause_after_any_number_of_failures():
-    assert 0 < xtask._pause_after(xtask.ModuleException(503, "x"), 5000) <= 8
+    assert 0 < xtask.Configuration()._transport.pause(xtask.ModuleException(503, "x"), True, 1, xtask._Line()) <= 8
 
 
 # ---------------------------------------------------------------------------
@@ -4821,7 +4821,7 @@ def server_environ(server):
         (["show", "a", "b"], (), "--help"),
         (["show", "a", "--file", "u"], (), "--help"),
         (["show", "a", "--colour"], (), "colour"),
-        (["show", "", "--json"], (), "task id"),
+        (["show", "", "--json"], (), "task_id"),
         (["show", "\udcff"], (), ""),
         (["show", "t-1"], ("XPANDER_API_KEY",), "XPANDER_API_KEY"),
         (["run", "a", "b"], ("XPANDER_API_KEY",), "XPANDER_API_KEY"),

@@ -42,8 +42,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
 from typing import (
-    Any, AsyncGenerator, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
-    NamedTuple, Optional, Set, Tuple, Type, TypeVar, Union,
+    Any, AsyncGenerator, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
+    Optional, Set, Tuple, Type, TypeVar, Union,
 )
 
 __version__ = "1.0.0"
@@ -57,9 +57,7 @@ __all__ = [
     "ToolCallRequestReasoning", "ToolCallResult", "User", "iter_sse",
 ]
 
-# ---------------------------------------------------------------------------
-# Limits
-# ---------------------------------------------------------------------------
+# ---- Limits ------------------------------------------------------------------------------------------------
 
 _MAX_EVENT = 16 * 2**20  # bytes between two blank lines of a stream
 _MAX_ANSWER = 64 * 2**20  # bytes of a JSON answer
@@ -72,12 +70,10 @@ _MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more gets no second t
 _KEEP_SECONDS = 20.0  # an idle connection is younger than the idle limit of any load balancer
 _KEEP_CONNECTIONS = 32
 _REPLAY_WINDOW = 10_000  # events remembered, to skip what is sent again after a reconnect
-_RELAY_BYTES = 256 * 1024  # event data that may wait for an async consumer
+_RELAY_BATCHES = 4  # reads of a stream (64 KiB or one event) that may wait for an async consumer
 _FINAL_SILENCE = 5.0  # seconds after which the stream of a finished task counts as over
 
-# ---------------------------------------------------------------------------
-# Errors and warnings
-# ---------------------------------------------------------------------------
+# ---- Errors and warnings -----------------------------------------------------------------------------------
 
 
 class ModuleException(Exception):
@@ -104,8 +100,8 @@ class ModuleException(Exception):
         return f"{type(self).__name__}({self.status_code}, {self.description!r})"
 
 
-class _Refused(OSError):
-    """An address that a stranger's URL may not reach."""
+class _Refused(OSError, ValueError):
+    """A URL that is not opened: none for HTTP, or a stranger's to a place that he may not reach."""
 
 
 def _warn(message: str, *arguments: Any) -> None:
@@ -129,17 +125,13 @@ def _mask(value: Any) -> Any:
     return value
 
 
-# ---------------------------------------------------------------------------
-# Enums
-# ---------------------------------------------------------------------------
+# ---- Enums -------------------------------------------------------------------------------------------------
 
 
 class _OpenEnum(str, Enum):
     """A `str` enum that takes values newer than itself: they become members outside the list."""
 
-    # Without these two an f-string prints `Name.member` before Python 3.12, the value after.
-    __str__ = str.__str__
-    __format__ = str.__format__  # type: ignore[assignment]
+    __str__ = str.__str__  # or an f-string prints `Name.member` before Python 3.12, the value after
 
     @classmethod
     def _missing_(cls, value: object) -> Any:
@@ -204,9 +196,7 @@ class AgentActivityThreadReasoningType(_OpenEnum):
     Analyze = "analyze"
 
 
-# ---------------------------------------------------------------------------
-# Records: JSON objects as dataclasses, without loss
-# ---------------------------------------------------------------------------
+# ---- Records: JSON objects as dataclasses, without loss ----------------------------------------------------
 
 _R = TypeVar("_R", bound="_Record")
 _T = TypeVar("_T")
@@ -228,50 +218,46 @@ def _time(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: fresh containers, records as dicts, enums and times as strings."""
+    """The value as JSON has it: fresh containers, records as objects, enums and times as strings."""
+    return json.loads(json.dumps(value, default=_encoded))
+
+
+def _encoded(value: Any) -> Any:
     if isinstance(value, _Record):
         return value.to_dict()
-    if isinstance(value, Enum):
-        return value.value
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).isoformat()
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 class _Plan(NamedTuple):
     """How the records of a class are read and written, by the names of the fields."""
 
-    loads: Dict[str, Optional[Callable[[Any], Any]]]  # what converts the JSON value, if anything
     defaults: Dict[str, Any]
-    factories: Dict[str, Callable[[], Any]]  # of the defaults that no two records may share
+    lists: List[str]  # the fields whose default is an empty list, of which no two records share one
+    loads: List[Tuple[str, Callable[[Any], Any]]]  # what converts a field's JSON value
 
 
 _plans: Dict[type, _Plan] = {}
 
 
 def _plan(cls: type) -> _Plan:
-    if cls in _plans:
-        return _plans[cls]
-    fields = [f for f in dataclasses.fields(cls) if f.name not in ("extra", "raw")]
-    missing = dataclasses.MISSING
-    factories = {f.name: f.default_factory for f in fields if f.default_factory is not missing}
-    defaults = {f.name: None if f.default is missing else f.default for f in fields}
-    defaults.update((name, factory()) for name, factory in factories.items())
-    loads = {f.name: f.metadata.get("load") for f in fields}
-    return _plans.setdefault(cls, _Plan(loads, defaults, factories))
+    if cls not in _plans:
+        fields = [f for f in dataclasses.fields(cls) if f.name not in ("extra", "raw")]
+        lists = [f.name for f in fields if f.default_factory is list]
+        defaults = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
+        loads = [(f.name, f.metadata["load"]) for f in fields if "load" in f.metadata]
+        _plans[cls] = _Plan({**defaults, **{name: [] for name in lists}}, lists, loads)
+    return _plans[cls]
 
 
-def _as(load: Callable[[Any], Any], kind: Optional[type] = None) -> Any:
+def _as(load: Callable[[Any], Any], kind: type, **options: Any) -> Any:
     """A field whose JSON value is converted by `load`; of another kind than that it stays as it came."""
 
     def checked(value: Any) -> Any:
-        return load(value) if kind and isinstance(value, kind) else value
+        return load(value) if isinstance(value, kind) else value
 
-    return field(default=None, metadata={"load": checked if kind else load})
+    return field(**(options or {"default": None}), metadata={"load": checked})
 
 
 class _Record:
@@ -284,32 +270,29 @@ class _Record:
     @classmethod
     def from_dict(cls: Type[_R], data: Mapping[str, Any]) -> _R:
         """The record of a JSON object. Nothing is refused and nothing is lost."""
-        loads, defaults, factories = _plan(cls)
+        defaults, lists, loads = _plan(cls)
         self = cls.__new__(cls)
         state = self.__dict__
         state.update(defaults)
-        for name, factory in factories.items():
-            state[name] = factory()
-        extra = state["extra"] = {}
-        state["_wire"] = data
-        for name, value in data.items():
-            if name in loads:
-                load = loads[name]
-                state[name] = value if load is None or value is None else load(value)
-            else:
-                extra[name] = value
+        state.update(data)
+        extra = {name: state.pop(name) for name in data if name not in defaults}
+        state.update(extra=extra, _wire=data)
+        for name in lists:
+            if name not in data:
+                state[name] = []
+        for name, load in loads:
+            state[name] = load(state[name])
         return self
 
     def to_dict(self) -> Dict[str, Any]:
         """The JSON object: every key that came, and every field that is set."""
-        wire = self._wire
-        out: Dict[str, Any] = {}
+        wire, out = self._wire, {}
         for name, default in _plan(type(self)).defaults.items():
             value = getattr(self, name)
             if name in wire or value != default:
                 unchanged = isinstance(value, datetime) and value == _time(wire.get(name))
-                out[name] = wire[name] if unchanged else _plain(value)  # times in the server's spelling
-        return {**out, **_plain(self.extra)}
+                out[name] = wire[name] if unchanged else value  # times in the server's spelling
+        return _plain({**out, **self.extra})  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         shown = [f"{name}={_mask(getattr(self, name))!r}" for name in _plan(type(self)).defaults]
@@ -372,9 +355,7 @@ class ToolCallResult(ToolCallRequest):
     is_error: Optional[bool] = None
 
 
-# ---------------------------------------------------------------------------
-# Activity log
-# ---------------------------------------------------------------------------
+# ---- Activity log ------------------------------------------------------------------------------------------
 
 
 @dataclass(repr=False)
@@ -391,7 +372,7 @@ class _Entry(_Record):
     """What all parts of an activity log have."""
 
     id: str
-    created_at: _Time = _as(_time)
+    created_at: _Time = _as(_time, str)
     extra: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -449,8 +430,10 @@ class AgentActivityThreadOtherEntry(_Entry):
     """An entry of a kind that is newer than this file: all of it but two keys is in `extra`."""
 
 
-def _entry_class(entry: Mapping[str, Any]) -> Type[_Entry]:
-    """The kind of an entry: nothing but its keys tells it, the first match in this order."""
+def _entry(entry: Any) -> Any:
+    """An entry as the first kind, in this order, that its keys name: nothing else tells it."""
+    if not isinstance(entry, dict):
+        return entry
     kind = entry.get("type")
     found: Type[_Entry] = AgentActivityThreadAuth
     if "role" in entry and "content" in entry:
@@ -465,43 +448,22 @@ def _entry_class(entry: Mapping[str, Any]) -> Type[_Entry]:
         found, fits = AgentActivityThreadSubAgentTrigger, isinstance(entry["query"], str)
     else:
         fits = "data" in entry and kind in ("not_supported", "login_required", "token_issue", "token_ready")
-    return found if fits else AgentActivityThreadOtherEntry
-
-
-def _entries(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    return [_entry_class(e).from_dict(e) if isinstance(e, dict) else e for e in value]
+    return (found if fits else AgentActivityThreadOtherEntry).from_dict(entry)
 
 
 @dataclass(repr=False)
 class AgentActivityThread(_Entry):
     """What a task did: its `messages`, oldest first. Route: GET /activity/{agent_id}/{task_id}."""
 
-    messages: List[_Entry] = field(default_factory=list, metadata={"load": _entries})
+    messages: List[_Entry] = _as(lambda entries: [*map(_entry, entries)], list, default_factory=list)
     user: Optional[User] = _as(User.from_dict, dict)
 
 
-# ---------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------
+# ---- Configuration -----------------------------------------------------------------------------------------
 
 
 def _setting(given: Optional[str], variable: str) -> Optional[str]:
     return (given or "").strip() or os.environ.get(variable, "").strip() or None
-
-
-# Neither "@" (a user name), nor "%" and "\\", which parsers of URLs read in two ways
-_HOST_AND_PORT = re.compile(r"[^\s@%\\]+")
-
-
-def _clean_base_url(url: str) -> str:
-    """The URL with a scheme and without what a root has no use for; ValueError if it is none."""
-    parts = urllib.parse.urlsplit(url if "://" in url else "https://" + url)
-    if parts.scheme not in ("http", "https") or not _HOST_AND_PORT.fullmatch(parts.netloc):
-        raise ValueError("base_url must be an http or https URL with a host and no user name")
-    _ = parts.port  # raises ValueError for one that is no number
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
 @dataclass(frozen=True, init=False)
@@ -535,17 +497,18 @@ class Configuration:
             raise ValueError("api_key must be printable ASCII: look for stray characters around it")
         staging = "stg." if os.environ.get("IS_STG", "").strip().lower() == "true" else ""
         root = _setting(base_url, "XPANDER_BASE_URL") or f"https://inbound.{staging}xpander.ai"
+        root = root.partition("?")[0] if "://" in root else f"https://{root}"
         hosts = [trusted_file_hosts] if isinstance(trusted_file_hosts, str) else trusted_file_hosts
         self.__dict__.update(  # frozen: setting an attribute would raise
             api_key=api_key, organization_id=_setting(organization_id, "XPANDER_ORGANIZATION_ID"),
-            base_url=_clean_base_url(root), timeout=timeout, max_retries=max_retries,
+            base_url=_clean_url(root, "base_url").rstrip("/"), timeout=timeout, max_retries=max_retries,
             idle_timeout=idle_timeout, ssl_context=ssl_context,
             trusted_file_hosts=tuple(host.lower() for host in hosts),
         )
 
     def close(self) -> None:
         """Close the idle connections. The configuration stays usable."""
-        self._wires.close()
+        self._transport.close()
 
     def __enter__(self) -> Configuration:
         return self
@@ -557,32 +520,28 @@ class Configuration:
         return self  # immutable, and its connections are there to be shared
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_transport"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @property
-    def _wires(self) -> _Transport:
-        transport: Optional[_Transport] = self.__dict__.get("_transport")
+    def _transport(self) -> _Transport:
         # setdefault is atomic: of two threads that come here at once, both get the same one
-        return transport or self.__dict__.setdefault("_transport", _Transport(self))
+        state = self.__dict__
+        return state.get("_transport") or state.setdefault("_transport", _Transport(self))  # type: ignore
 
     def _organization(self, fallback: Optional[str] = None) -> str:
         organization = self.organization_id or fallback
         if not organization:
             reason = "No organization: set XPANDER_ORGANIZATION_ID or organization_id"
             raise ModuleException(400, reason, answered=False)
-        return _quote(organization, "organization_id")
+        return organization
 
-    def _api_url(self, *path: str) -> str:
-        """A route under the API root; an agent controller has the organization in it."""
+    def _api_url(self, route: str, **ids: str) -> str:
+        """A route under the API root, which names the organization on an agent controller."""
         parts = urllib.parse.urlsplit(self.base_url)
         controller = "agent-controller" in (parts.hostname or "") or parts.port == 9016
         if controller or parts.path.split("/")[1:2] == ["agent-controller"]:
-            path = (self._organization(), *path)
-        return "/".join([self.base_url, *path])
-
-    def _call(self, method: str, *path: str, **options: Any) -> _Answer:
-        """What the API answers to a request, under its retry rules."""
-        return self._wires.call(method, self._api_url(*path), **options)
+            route, ids["organization_id"] = "/{organization_id}" + route, self._organization()
+        return self.base_url + _path(route, ids)
 
     def _events_url(self, task: Task) -> str:
         """The route of a task's events: another host for the cloud, another port for local work."""
@@ -592,8 +551,20 @@ class Configuration:
             base = "https://" + parts.hostname.replace("inbound", "agent-controller", 1)
         elif parts.port == 8085 and parts.hostname in ("localhost", "127.0.0.1", "::1"):
             base = "http://localhost:9016"
-        organization = self._organization(task.organization_id)
-        return f"{base}/{organization}/agent-execution/{_quote(task.id, 'task id')}/events"
+        ids = {"organization_id": self._organization(task.organization_id), "task_id": task.id}
+        return base + _path("/{organization_id}/agent-execution/{task_id}/events", ids)
+
+    def _unexpected(self, value: Any, wanted: str) -> ModuleException:
+        place, kind = urllib.parse.urlsplit(self.base_url).netloc, type(value).__name__
+        return ModuleException(500, f"{place} answered with {kind} where {wanted} was due", value)
+
+
+def _path(route: str, ids: Mapping[str, Any]) -> str:
+    """A route with its ids filled in, each a whole segment (RFC 3986, section 3.3)."""
+    for name, value in ids.items():
+        if not isinstance(value, str) or value.strip() in ("", ".", ".."):
+            raise ValueError(f"{name} must be a string that is not empty")
+    return route.format(**{name: urllib.parse.quote(value, safe="") for name, value in ids.items()})
 
 
 _shared: Dict[Tuple[Optional[str], ...], Configuration] = {}
@@ -608,21 +579,12 @@ def _default_configuration() -> Configuration:
     return _shared.get(key) or _shared.setdefault(key, Configuration())
 
 
-def _quote(value: str, name: str) -> str:
-    """A value as one segment of a path (RFC 3986, section 3.3)."""
-    if not isinstance(value, str) or not value.strip() or value in (".", ".."):
-        raise ValueError(f"{name} must be a string that is not empty")
-    return urllib.parse.quote(value, safe="")
-
-
 def _given(values: Mapping[str, Any]) -> Dict[str, Any]:
     """The values that are not None, as JSON."""
-    return {name: _plain(value) for name, value in values.items() if value is not None}
+    return {name: value for name, value in _plain(values).items() if value is not None}
 
 
-# ---------------------------------------------------------------------------
-# Task
-# ---------------------------------------------------------------------------
+# ---- Task --------------------------------------------------------------------------------------------------
 
 _REQUIRED = ("id", "agent_id", "organization_id", "input", "created_at")
 
@@ -645,8 +607,8 @@ class TasksListItem(_Record):
     user_id: Optional[str] = None
     parent_task_id: Optional[str] = None
     triggering_agent_id: Optional[str] = None
-    created_at: _Time = _as(_time)
-    updated_at: _Time = _as(_time)
+    created_at: _Time = _as(_time, str)
+    updated_at: _Time = _as(_time, str)
     source_node_type: Optional[str] = None
     result: Optional[str] = None
     title: Optional[str] = None
@@ -673,11 +635,11 @@ class Task(_Record):
     agent_id: str
     organization_id: str
     input: AgentExecutionInput = _as(AgentExecutionInput.from_dict, dict)
-    created_at: _Time = _as(_time)
-    updated_at: _Time = _as(_time)
-    started_at: _Time = _as(_time)
-    paused_at: _Time = _as(_time)
-    finished_at: _Time = _as(_time)
+    created_at: _Time = _as(_time, str)
+    updated_at: _Time = _as(_time, str)
+    started_at: _Time = _as(_time, str)
+    paused_at: _Time = _as(_time, str)
+    finished_at: _Time = _as(_time, str)
     status: Optional[AgentExecutionStatus] = _as(AgentExecutionStatus, str)
     internal_status: Optional[str] = None
     result: Optional[str] = None
@@ -706,7 +668,7 @@ class Task(_Record):
     pending_eca_request: Optional[Dict[str, Any]] = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
-    _told_text = "{}"  # what the server last told (no field: it has no annotation)
+    _told = "{}"  # what the server last told, as JSON (no field: it has no annotation)
 
     # -- as data
 
@@ -714,32 +676,21 @@ class Task(_Record):
     def from_dict(cls, data: Mapping[str, Any], configuration: Optional[Configuration] = None) -> Task:
         """The task of a JSON object, as the server last told it: `save()` compares with this."""
         told = json.dumps(data)
-        return cls._from_told(json.loads(told), told, configuration)  # shares nothing with `data`
-
-    @classmethod
-    def _from_told(
-        cls, data: Mapping[str, Any], told: Union[str, bytes], configuration: Optional[Configuration]
-    ) -> Task:
-        """The task of JSON that is ours alone, and its text: parsed again only if it is saved."""
-        task = super().from_dict(data)
-        task.__dict__.update(_told_text=told, _configuration=configuration)
+        task = super().from_dict(json.loads(told))  # shares nothing with `data`
+        task._told, task._configuration = told, configuration
         return task
 
     @classmethod
-    def _from_answer(cls, answer: _Answer, configuration: Configuration) -> Task:
-        if isinstance(answer.value, dict) and isinstance(answer.value.get("id"), str):
-            return cls._from_told(answer.value, answer.body, configuration)
-        raise answer.unexpected("a task")
+    def _from_answer(cls, value: Any, configuration: Configuration) -> Task:
+        if isinstance(value, dict) and isinstance(value.get("id"), str):
+            return cls.from_dict(value, configuration)
+        raise configuration._unexpected(value, "a task")
 
     def __repr__(self) -> str:
         title = _mask(self.title)
         if isinstance(title, str) and len(title) > 60:
             title = title[:59] + "…"
-        return f"Task(id={self.id!r}, status={self._status_text!r}, title={title!r})"
-
-    @property
-    def _status_text(self) -> Optional[str]:
-        return str(self.status) if self.status is not None else None
+        return f"Task(id={self.id!r}, status={_plain(self.status)!r}, title={title!r})"
 
     @property
     def configuration(self) -> Configuration:
@@ -786,12 +737,13 @@ class Task(_Record):
         """
         if not (prompt or file_urls or options.get("id")):
             raise ValueError("a task needs a prompt, file_urls or the id of a task to continue")
-        asked = _given({"text": prompt, "files": file_urls or None, "user": options.pop("user", None)})
+        asked = {"text": prompt, "files": file_urls or None, "user": options.pop("user", None)}
         version = options.pop("agent_version", None)
         configuration = configuration or _default_configuration()
-        answer = configuration._call(
-            "POST", "agent-execution", _quote(agent_id, "agent_id"), body=_given({"input": asked, **options}),
-            headers={} if version is None else {"x-agent-version": str(version)},
+        answer = configuration._transport.call(
+            "POST", configuration._api_url("/agent-execution/{agent_id}", agent_id=agent_id),
+            _given({"input": _given(asked), **options}),
+            {} if version is None else {"x-agent-version": str(version)},
         )
         return cls._from_answer(answer, configuration)
 
@@ -813,12 +765,11 @@ class Task(_Record):
         Filters: `user_id`, `parent_task_id`, `triggering_agent_id`, `status`, `internal_status`.
         """
         configuration = configuration or _default_configuration()
-        url = configuration._api_url("agent-execution", "executions", "history", _quote(agent_id, "agent_id"))
         query = urllib.parse.urlencode(_given(filters))
-        answer = configuration._wires.call("GET", f"{url}?{query}" if query else url)
-        found = answer.value
+        route = "/agent-execution/executions/history/{agent_id}" + (f"?{query}" if query else "")
+        found = configuration._transport.call("GET", configuration._api_url(route, agent_id=agent_id))
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-            raise answer.unexpected("a list of objects")
+            raise configuration._unexpected(found, "a list of objects")
         items = [TasksListItem.from_dict(item) for item in found]
         for item in items:
             item._configuration = configuration
@@ -849,8 +800,7 @@ class Task(_Record):
     def set_status(self, status: Union[AgentExecutionStatus, str], result: Optional[str] = None) -> Task:
         """Send the status, the result if given, and all other unsaved changes."""
         if status not in list(AgentExecutionStatus):
-            known = ", ".join(AgentExecutionStatus)
-            raise ValueError(f"{str(status)!r} is not a status: use one of {known}")
+            raise ValueError(f"{str(status)!r} is not a status: use one of {', '.join(AgentExecutionStatus)}")
         self.status = AgentExecutionStatus(status)
         if result is None:
             return self._save("status")
@@ -868,9 +818,9 @@ class Task(_Record):
 
         Route: DELETE /agent-execution/{task_id}.
         """
-        before = {**self._told(), "status": _plain(self.status)}
-        answer = self.configuration._call("DELETE", "agent-execution", _quote(self.id, "task id"))
-        return self._take(answer, before)
+        before = {**json.loads(self._told), "status": _plain(self.status)}
+        url = self.configuration._api_url("/agent-execution/{task_id}", task_id=self.id)
+        return self._take(self.configuration._transport.call("DELETE", url), before)
 
     async def astop(self) -> Task:
         """`stop`, async."""
@@ -922,14 +872,15 @@ class Task(_Record):
         return _aevents(self)
 
     def get_activity_log(self) -> AgentActivityThread:
-        """What the task did. None yet: `ModuleException` 404. Route: GET /activity/{agent}/{task}."""
-        ids = (_quote(self.agent_id, "agent_id"), _quote(self.id, "task id"))
-        answer = self.configuration._call("GET", "activity", *ids)
-        if answer.value is None:
+        """What the task did. None yet: `ModuleException` 404. Route: GET /activity/{agent_id}/{task_id}."""
+        ids = {"agent_id": self.agent_id, "task_id": self.id}
+        url = self.configuration._api_url("/activity/{agent_id}/{task_id}", **ids)
+        found = self.configuration._transport.call("GET", url)
+        if found is None:
             raise ModuleException(404, "No activity log yet")
-        if not isinstance(answer.value, dict):
-            raise answer.unexpected("an activity log")
-        return AgentActivityThread.from_dict(answer.value)
+        if not isinstance(found, dict):
+            raise self.configuration._unexpected(found, "an activity log")
+        return AgentActivityThread.from_dict(found)
 
     async def aget_activity_log(self) -> AgentActivityThread:
         """`get_activity_log`, async."""
@@ -1012,29 +963,24 @@ class Task(_Record):
 
     @classmethod
     def _fetch(cls, task_id: str, configuration: Configuration, line: Optional[_Line] = None) -> Task:
-        route = ("agent-execution", _quote(task_id, "task id"), "status")
-        answer = configuration._call("GET", *route, line=line)
-        return cls._from_answer(answer, configuration)
-
-    def _told(self) -> Dict[str, Any]:
-        """What the server last told: parsed only when it is asked for."""
-        return json.loads(self._told_text)  # type: ignore[no-any-return]
+        url = configuration._api_url("/agent-execution/{task_id}/status", task_id=task_id)
+        return cls._from_answer(configuration._transport.call("GET", url, line=line), configuration)
 
     def _save(self, *always: str) -> Task:
         """Send the fields that differ from what the server last told, and those named here."""
         if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
             raise ValueError("internal_status has more than the 255 characters the platform takes")
         before = self.to_dict()
-        told = {name: value for name, value in self._told().items() if name not in always}
+        told = {name: value for name, value in json.loads(self._told).items() if name not in always}
         changes = _difference(told, before)
         if not changes:
             return self._take(None, before)
-        route = ("agent-execution", _quote(self.id, "task id"), "update")
-        return self._take(self.configuration._call("PATCH", *route, body=changes), before)
+        url = self.configuration._api_url("/agent-execution/{task_id}/update", task_id=self.id)
+        return self._take(self.configuration._transport.call("PATCH", url, changes), before)
 
-    def _take(self, answer: Optional[_Answer], before: Optional[Dict[str, Any]] = None) -> Task:
+    def _take(self, answer: Any, before: Optional[Dict[str, Any]] = None) -> Task:
         """Become the task of the answer, but for the fields that were changed since `before`."""
-        if answer is None or answer.value is None:  # no body, or a stop found nothing: ask
+        if answer is None:  # no body, or a stop found nothing: ask
             newer = self._fetch(self.id, self.configuration)
         else:
             newer = self._from_answer(answer, self.configuration)
@@ -1053,7 +999,7 @@ class Task(_Record):
         while not self.is_finished:
             left = ends - time.monotonic()
             if pause and left <= 0:
-                raise TimeoutError(f"task {self.id} is still {self._status_text} after {timeout} s")
+                raise TimeoutError(f"task {self.id} is still {self.status} after {timeout} s")
             yield max(0.0, min(pause, left))
             pause = min(max(0.5, pause * 1.5), 5.0)
 
@@ -1067,16 +1013,15 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, Any
     return {k: v for k, v in new.items() if k not in old or text(old[k]) != text(v)}
 
 
-# ---------------------------------------------------------------------------
-# Transport
-# ---------------------------------------------------------------------------
+# ---- Transport ---------------------------------------------------------------------------------------------
 
 _BROKEN = (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, socket.gaierror)
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
 # Of a request that is under way; ValueError: a host or a port, of a redirect too, that is none
 _FAILURES = (OSError, http.client.HTTPException, ValueError)
-_CHUNK_HEAD = re.compile(rb"[\r\n]*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
-_Headers = Mapping[str, str]
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n")  # RFC 9112, section 7.1
+# Neither "@" (a user name), nor "%" and "\\", which parsers of URLs read in two ways
+_HOST_AND_PORT = re.compile(r"[^\s@%\\]+")
 
 
 def _wait(seconds: float, line: Optional[_Line] = None) -> None:
@@ -1111,32 +1056,32 @@ class _Request(urllib.request.Request):
     """A request, and how it may be carried out."""
 
     guarded = False  # the URL is a stranger's: judge each address before connecting
-    proxied = False
     keep = False  # over a kept connection, which is kept again
     again = False  # it was sent before, over a kept connection that broke
-    hops = 0
+    hops = 0  # redirects that led here
 
-    def __init__(self, method: str, url: str, headers: _Headers, line: _Line) -> None:
+    def __init__(self, method: str, url: str, headers: Mapping[str, str], line: _Line) -> None:
         super().__init__(url, method=method)
-        self.line = line
-        self.place = urllib.parse.urlsplit(url).netloc  # `host` is the proxy's when there is one
+        self.line, self.place = line, urllib.parse.urlsplit(url).netloc
         for name, value in headers.items():
             self.add_unredirected_header(name, value)  # add_header's would follow any redirect
 
-    def set_proxy(self, host: str, type: str) -> None:
-        super().set_proxy(host, type)
-        self.proxied = True
-
     @property
     def route(self) -> Tuple[str, str, str]:
-        """What must be equal for a connection to serve two requests."""
+        """What must be equal for a connection to serve two requests; `host` is the proxy's, if any."""
         return self.type, self.host, self.place
+
+    @property
+    def proxied(self) -> bool:
+        return self.host != self.place
 
 
 class _Response(http.client.HTTPResponse):
-    connection: _Connection
-    left = 0  # bytes that are still to come of the current chunk; -1 after the last one
-    rest = b""  # what came of the line that gives the next chunk's size
+    """An answer whose body is read as it arrives, whatever frames it (RFC 9112, section 6.3)."""
+
+    connection: Optional[_Connection] = None
+    left = 0  # bytes still to come of the current chunk
+    ended = False  # the last chunk came
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
@@ -1145,45 +1090,62 @@ class _Response(http.client.HTTPResponse):
         self.fp = sock.makefile("rb", buffering=65536)  # type: ignore[assignment]
 
     def read_some(self) -> bytes:
-        """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off.
+        """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off."""
+        if self.chunked and self.length is None:  # a 204 has the length 0, whatever it says of chunks
+            return self._read_chunks()
+        part = self.fp.read1(65536 if self.length is None else min(self.length, 65536))
+        if self.length:
+            self.length -= len(part)
+            if not part:
+                raise http.client.IncompleteRead(part)
+        return part
 
-        `read1()` gives one HTTP chunk at a time, and servers send one event in each: taking them
-        apart here halves the CPU of a burst.
+    def _read_chunks(self) -> bytes:
+        """The data of all chunks that have arrived.
+
+        `read1()` gives one at a time, and servers send one event in each: this halves a burst's CPU.
         """
-        if not self.chunked:
-            return self.read1(65536)
         parts: List[bytes] = []
-        while not parts and self.left >= 0:
-            data = self.fp.read1(65536)
-            if not data:
+        while not parts and not self.ended:
+            waiting = len(self.fp.peek())  # blocks until there is something
+            if not waiting:
                 raise http.client.IncompleteRead(b"")
-            self._take_apart(self.rest + data, parts)
+            while waiting > 0 and not self.ended:
+                if self.left:
+                    parts.append(self.fp.read1(min(self.left, waiting)))
+                    self.left -= len(parts[-1])
+                    waiting -= len(parts[-1])
+                else:
+                    waiting -= self._read_size()
         return b"".join(parts)
 
-    def _take_apart(self, data: bytes, parts: List[bytes]) -> None:
-        """Append what the data holds of chunks to parts, and remember where it stopped."""
-        place, self.rest = 0, b""
-        while self.left >= 0 and place < len(data):
-            if self.left:
-                parts.append(data[place : place + self.left])
-                place += len(parts[-1])
-                self.left -= len(parts[-1])
-                continue
-            head = _CHUNK_HEAD.match(data, place)
-            if not head:
-                self.rest = data[place:].lstrip(b"\r\n")
-                if b"\n" in self.rest or len(self.rest) > 4096:
-                    raise http.client.HTTPException("a chunk without a size")
-                return
-            place, self.left = head.end(), int(head[1], 16) or -1
+    def _read_size(self) -> int:
+        """Read the line before a chunk, or the line end after one; the number of its bytes."""
+        line = self.fp.readline(4096)
+        size = _CHUNK_SIZE.fullmatch(line)
+        if size:
+            self.left = int(size[1], 16)
+            self.ended = self.left == 0
+        elif line not in (b"\r\n", b"\n"):
+            raise http.client.IncompleteRead(line)
+        return len(line)
+
+    def read_all(self) -> bytes:
+        body = bytearray()
+        for part in iter(self.read_some, b""):
+            body += part
+            if len(body) > _MAX_ANSWER:
+                raise OSError(f"the answer is over {_MAX_ANSWER // 2**20} MiB")
+        return bytes(body)
+
+    def abandon(self) -> None:
+        """Close it and its connection, if that was not given back."""
+        self.close()
+        if self.connection:
+            self.connection.close()
 
     def __exit__(self, *_: object) -> None:
         self.abandon()
-
-    def abandon(self) -> None:
-        """Close it and its connection, whatever is still unread."""
-        self.close()
-        self.connection.close()
 
 
 class _Connection(http.client.HTTPConnection):
@@ -1191,26 +1153,24 @@ class _Connection(http.client.HTTPConnection):
 
     response_class = _Response
     idle_since = 0.0  # wall clock: the monotonic one stands still while a host is frozen
+    password: Optional[str] = None  # what the proxy of a tunnel alone may see
 
     def __init__(self, request: _Request, context: Optional[ssl.SSLContext], trusted: Iterable[str]) -> None:
-        parts = urllib.parse.urlsplit("//" + request.host)
-        host = parts.hostname or ""
-        super().__init__(host, parts.port or (443 if context else 80), timeout=request.timeout)
+        self.default_port = 443 if context else 80
+        super().__init__(request.host, timeout=request.timeout)
         self.origin, self.context, self.process = request, context, os.getpid()
-        self.judged = request.guarded and not request.proxied and host not in trusted
-        self.password: Optional[str] = None  # what the proxy of a tunnel alone may see
+        self.judged = request.guarded and not request.proxied and self.host.lower() not in trusted
 
     def connect(self) -> None:
-        line = self.origin.line
+        request, line = self.origin, self.origin.line
         self.sock = _dial(self.host, self.port, self.judged, line)
         if self.context:
-            if self.origin.proxied:
-                parts = urllib.parse.urlsplit(self.origin.full_url)
-                place = self.origin.place if parts.port else f"{self.origin.place.rstrip(':')}:443"
+            parts = urllib.parse.urlsplit(request.full_url)
+            if request.proxied:
+                place = request.place if parts.port else f"{request.place}:443"
                 _ask_for_tunnel(self.sock, place, self.password)
-            name = urllib.parse.urlsplit(self.origin.full_url).hostname
             self.sock = self.context.wrap_socket(
-                self.sock, server_hostname=name, do_handshake_on_connect=False
+                self.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
             )
             line.hold(self.sock)
             self.sock.do_handshake()
@@ -1278,7 +1238,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         if request.guarded and request.proxied:
             # names are the proxy's to resolve; an address that is written out can be judged
             _judge_host(request.full_url, self._trusted, socket.AI_NUMERICHOST)
-        kept = self._take(request) if request.keep else None
+        kept = self._kept(request)
         if kept:
             with contextlib.suppress(*_BROKEN):  # closed while it lay idle: no answer was lost
                 return self._send(kept, request)
@@ -1289,6 +1249,17 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         return self._send(_Connection(request, context, self._trusted), request)
 
     https_open = http_open
+
+    def _kept(self, request: _Request) -> Optional[_Connection]:
+        """An idle connection that serves the request; those that cannot be used any more are closed."""
+        for connection in self.idle[::-1]:
+            if request.keep and connection.origin.route == request.route:
+                with contextlib.suppress(ValueError):  # another thread was faster
+                    self.idle.remove(connection)
+                    if connection.is_usable():
+                        return connection
+                    connection.close()
+        return None
 
     def _send(self, connection: _Connection, request: _Request) -> _Response:
         headers = dict(request.header_items())
@@ -1306,37 +1277,25 @@ class _Handler(urllib.request.AbstractHTTPHandler):
                     break
                 response.headers = None  # type: ignore[assignment]
                 response.begin()
+            if response.headers.get("Transfer-Encoding") and not response.chunked:
+                raise http.client.HTTPException("its Transfer-Encoding is another than chunked")
         except BaseException:
             connection.close()
             raise
         assert isinstance(response, _Response)
-        # a 204 or 304 ends with its head, whatever it says of chunks (RFC 9112, section 6.3)
-        response.chunked = response.chunked and response.length != 0
         response.connection = connection
         return response
-
-    def _take(self, request: _Request) -> Optional[_Connection]:
-        """A kept connection that serves the request; those that cannot be used any more are closed."""
-        for connection in self.idle[::-1]:
-            if connection.origin.route == request.route:
-                try:
-                    self.idle.remove(connection)
-                except ValueError:  # another thread was faster
-                    continue
-                if connection.is_usable():
-                    return connection
-                connection.close()
-        return None
 
     def give_back(self, response: _Response) -> None:
         """Keep the connection of an answer that was read to its end."""
         connection = response.connection
-        whole = connection.sock and response.isclosed() and response.status >= 200
-        if whole and connection.origin.keep and len(self.idle) < _KEEP_CONNECTIONS:
+        whole = not response.ended or response.fp.readline(4096) == b"\r\n"  # else trailers
+        if connection and connection.sock and connection.origin.keep and whole and response.status >= 200 \
+                and len(self.idle) < _KEEP_CONNECTIONS:
+            response.connection = connection.origin.line.socket = None  # the next to use it is somebody else
+            response.close()
             connection.idle_since = time.time()
             self.idle.append(connection)
-        else:
-            response.abandon()
 
     def http_response(self, request: Any, response: _Response) -> Any:
         """Follows GET to the same origin, or for files to any; leaves every other status alone."""
@@ -1369,28 +1328,16 @@ def _origin(url: str) -> Tuple[str, Optional[str], Optional[int]]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _clean_url(url: str) -> str:
+def _clean_url(url: str, name: str = "a file's URL") -> str:
     """A URL that can be sent: http or https, no user name, everything else percent-encoded."""
     parts = urllib.parse.urlsplit(url.strip())
     if parts.scheme not in ("http", "https") or not _HOST_AND_PORT.fullmatch(parts.netloc):
-        raise _Refused("only http and https URLs with a host and without a user name are fetched")
-    place = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+        raise _Refused(f"{name} must be an http or https URL with a host and without a user name")
+    _ = parts.port  # raises ValueError for one that is no number
+    place = parts.netloc.lower() if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     path = urllib.parse.quote(parts.path or "/", safe="/%!$&'()*+,;=:@~")
     query = urllib.parse.quote(parts.query, safe="/%!$&'()*+,;=:@~?")
-    return urllib.parse.urlunsplit((parts.scheme, place, path, query, ""))
-
-
-class _Answer(NamedTuple):
-    """What the platform said: a JSON value (None for an empty body), its text, and who said it."""
-
-    value: Any
-    body: bytes
-    place: str
-
-    def unexpected(self, wanted: str) -> ModuleException:
-        names = {dict: "an object without an id", list: "a list", str: "a string", type(None): "nothing"}
-        got = names.get(type(self.value), "a number or a boolean")
-        return ModuleException(500, f"{self.place} answered with {got} where {wanted} was due", self.value)
+    return urllib.parse.urlunsplit((parts.scheme, place.rstrip(":"), path, query, ""))
 
 
 class _Transport:
@@ -1410,57 +1357,58 @@ class _Transport:
     def close(self) -> None:
         _close_all(self._handler.idle)
 
-    def open(self, request: _Request, timeout: float) -> _Response:
-        """The one place that opens connections."""
-        response = self._opener.open(request, timeout=timeout)
-        assert isinstance(response, _Response)
-        return response
-
-    def request(self, method: str, url: str, headers: _Headers, line: _Line) -> _Request:
+    def request(self, method: str, url: str, headers: Mapping[str, str], line: _Line) -> _Request:
         """A request with the key: for the API and the events, never for files."""
         if not self._key:
             raise ModuleException(401, "No API key: set XPANDER_API_KEY or api_key", answered=False)
         return _Request(method, url, {"x-api-key": self._key, **headers}, line)
 
+    def open(self, request: _Request, timeout: float) -> _Response:
+        """The one place that opens connections."""
+        try:
+            response = self._opener.open(request, timeout=timeout)
+        except _FAILURES as error:
+            raise self._no_answer(request.place, error) from error
+        assert isinstance(response, _Response)
+        return response
+
     def call(
-        self, method: str, url: str, body: Any = None, headers: Optional[_Headers] = None,
+        self, method: str, url: str, body: Any = None, headers: Mapping[str, str] = {},
         line: Optional[_Line] = None,
-    ) -> _Answer:
-        """The answer to a JSON request, after further tries where those are safe."""
-        sent = {"Accept": "application/json", **(headers or {})}
-        if body is not None:
-            sent["Content-Type"] = "application/json"
-        attempt = 0
+    ) -> Any:
+        """The JSON that answers a request, after further tries where those are safe."""
+        failures = 0
         while True:
-            request = self.request(method, url, sent, line or _Line())
-            request.data = None if body is None else json.dumps(body, allow_nan=False).encode()
+            request = self.request(method, url, {"Accept": "application/json", **headers}, line or _Line())
             request.keep = method != "POST"
+            if body is not None:
+                request.data = json.dumps(body, allow_nan=False).encode()
+                request.add_unredirected_header("Content-Type", "application/json")
             try:
                 return self._once(request)
             except ModuleException as error:
-                again = attempt or request.again
-                if method == "DELETE" and again and error.status_code == 404:
-                    return _Answer(None, b"", request.place)  # the first try did it, and its answer was lost
-                pause = _pause_after(error, attempt) if _may_repeat(method, error) else None
-                left = line and line.hung_up.is_set()
-                if pause is None or left or attempt >= self.max_retries:
-                    raise
-            _wait(pause, line)
-            attempt += 1
+                if method == "DELETE" and error.status_code == 404 and (failures or request.again):
+                    return None  # the first try did it, and its answer was lost
+                pause = self.pause(error, _may_repeat(method, error), failures, request.line)
+            _wait(pause, request.line)  # here, so that a Ctrl-C is one plain traceback
+            failures += 1
 
-    def _once(self, request: _Request) -> _Answer:
-        try:
-            response = self.open(request, self.timeout)
+    def pause(self, error: ModuleException, again: bool, failures: int, line: _Line) -> float:
+        """Seconds to the next try, as the server asked or growing and jittered; no further try: the error."""
+        growing = min(8.0, 0.5 * 2.0 ** min(failures, 9)) * random.uniform(0.5, 1.0)
+        seconds = growing if error._retry_after is None else error._retry_after
+        if not again or failures >= self.max_retries or seconds > _MAX_RETRY_AFTER or line.hung_up.is_set():
+            raise error
+        return seconds
+
+    def _once(self, request: _Request) -> Any:
+        with self.open(request, self.timeout) as response:
             try:
-                body = _read_all(response)
-            except BaseException:
-                response.abandon()
-                raise
-        except _FAILURES as error:
-            raise self.no_answer(request.place, error) from error
-        request.line.socket = None  # the next to use the connection is somebody else
-        self._handler.give_back(response)
-        return _Answer(self.judge(response, body, request.place), body, request.place)
+                body = response.read_all()
+                self._handler.give_back(response)
+            except _FAILURES as error:
+                raise self._no_answer(request.place, error) from error
+        return self.judge(response, body, request.place)
 
     def judge(self, response: _Response, body: bytes, place: str) -> Any:
         """The JSON value of an answer (None for an empty one), or a ModuleException."""
@@ -1479,7 +1427,7 @@ class _Transport:
             raise ModuleException(500, f"{place} answered with {what} that is not JSON") from broken
         return value
 
-    def no_answer(self, place: str, error: Exception) -> ModuleException:
+    def _no_answer(self, place: str, error: Exception) -> ModuleException:
         """The failure of a request that no server answered, or not to the end."""
         error.args = tuple(map(self._hide, error.args))
         reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
@@ -1498,26 +1446,13 @@ class _Transport:
         return text.replace(self._key, "***") if known else text
 
 
-def _read_all(response: _Response) -> bytes:
-    """A whole body; IncompleteRead if it was cut off, OSError if it is too large."""
-    if response.length is not None and response.length <= _MAX_ANSWER:
-        return response.read()
-    body = bytearray()
-    while len(body) <= _MAX_ANSWER:
-        part = response.read1(65536)
-        if not part:
-            return bytes(body)
-        body += part
-    raise OSError(f"the answer is over {_MAX_ANSWER // 2**20} MiB")
-
-
 def _is_html(headers: Any, body: bytes) -> bool:
     return "html" in headers.get("Content-Type", "").lower() or body.lstrip()[:1] == b"<"
 
 
 def _describe(status: int, headers: Any, body: bytes, value: Any) -> str:
     """What an error says in the forms that the platform and proxies use."""
-    said = value if isinstance(value, dict) else {"detail": value if isinstance(value, str) else None}
+    said = value if isinstance(value, dict) else {"detail": value}
     for text in map(said.get, ("detail", "message", "error")):
         if isinstance(text, str) and text.strip():
             return text.strip()
@@ -1554,17 +1489,7 @@ def _may_repeat(method: str, error: ModuleException) -> bool:
     return isinstance(error.__cause__, ConnectionRefusedError if method == "POST" else _BROKEN)
 
 
-def _pause_after(error: ModuleException, attempt: int) -> Optional[float]:
-    """Seconds to the next try, as the server asked or growing and jittered; None if it asks too much."""
-    asked = error._retry_after
-    if asked is None:
-        return min(8.0, 0.5 * 2.0 ** min(attempt, 9)) * random.uniform(0.5, 1.0)
-    return asked if asked <= _MAX_RETRY_AFTER else None
-
-
-# ---------------------------------------------------------------------------
-# Server-sent events
-# ---------------------------------------------------------------------------
+# ---- Server-sent events ------------------------------------------------------------------------------------
 
 
 class ServerSentEvent(NamedTuple):
@@ -1591,72 +1516,65 @@ class _Parser:
 
     def __init__(self, last_id: str = "", retry: Optional[int] = None) -> None:
         self.last_id, self.retry = last_id, retry
+        self._bom = b"\xef\xbb\xbf"  # which only the first event may start with
         self._pending: List[bytes] = []  # joined once an event is whole: linear at any chunk size
         self._size = 0
         self._ended_cr = False  # the last byte was a CR: an LF that follows belongs to it
-        self._started = False
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
         """The events that this chunk completes."""
-        events: Iterable[ServerSentEvent] = ()
-        if b"\n" in chunk or b"\r" in chunk or self._ended_cr:  # others complete nothing
-            chunk = self._normal(chunk)
+        blocks: List[bytes] = []
+        if self._ended_cr or b"\n" in chunk or b"\r" in chunk:  # others complete nothing
+            chunk = self._with_lf(chunk)
             blank = chunk[:1] == b"\n" and self._pending and self._pending[-1].endswith(b"\n")
             if blank or b"\n\n" in chunk:
-                whole, _, chunk = b"".join([*self._pending, chunk]).rpartition(b"\n\n")
-                self._pending, self._size = [], 0
-                events = self._events(whole)
+                *blocks, chunk = b"".join([*self._pending, chunk]).split(b"\n\n")
+                blocks[0] = blocks[0].removeprefix(self._bom)
+                self._pending, self._size, self._bom = [], 0, b""
         if chunk:
             self._pending.append(chunk)
             self._size += len(chunk)
-            if self._size > _MAX_EVENT:
-                raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
-        return events
+        return self._events(blocks) if blocks or self._size > _MAX_EVENT else ()
 
-    def _normal(self, chunk: bytes) -> bytes:
+    def _with_lf(self, chunk: bytes) -> bytes:
         """The chunk with LF for each end of a line, a CRLF over two chunks counted once."""
         if self._ended_cr and chunk[:1] == b"\n":
-            chunk = chunk[1:]
-            self._ended_cr = False
+            chunk, self._ended_cr = chunk[1:], False
         if chunk:
             self._ended_cr = chunk.endswith(b"\r")
-        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in chunk else chunk
+        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
-    def _events(self, whole: bytes) -> Iterator[ServerSentEvent]:
-        if not self._started:
-            self._started = True
-            whole = whole[3:] if whole.startswith(b"\xef\xbb\xbf") else whole
-        if len(whole) > _MAX_EVENT and max(map(len, whole.split(b"\n\n"))) > _MAX_EVENT:
-            raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
-        for block in whole.decode("utf-8", "replace").split("\n\n"):
-            if block.startswith("data: ") and "\n" not in block:  # nearly all: half the time
-                yield ServerSentEvent("message", block[6:], self.last_id, self.retry)
-                continue
-            event = self._event(block)
+    def _events(self, blocks: List[bytes]) -> Iterator[ServerSentEvent]:
+        for block in blocks:
+            event = self._event(block.decode("utf-8", "replace")) if len(block) <= _MAX_EVENT else None
             if event:
                 yield event
+        if max([self._size, *map(len, blocks)]) > _MAX_EVENT:
+            raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
 
     def _event(self, block: str) -> Optional[ServerSentEvent]:
-        kind, data = "", []
+        if block.startswith("data: ") and "\n" not in block:  # nearly all: half the time
+            return ServerSentEvent("message", block[6:], self.last_id, self.retry)
+        kind, data = "message", []
         for line in block.split("\n"):  # not splitlines(), which splits at U+2028 too
             name, _, value = line.partition(":")
-            value = value[1:] if value.startswith(" ") else value
+            value = value.removeprefix(" ")
             if name == "data":
                 data.append(value)
             elif name == "event":
-                kind = value
+                kind = value or "message"
             elif name == "id" and "\0" not in value:
                 self.last_id = value
             elif name == "retry" and re.fullmatch("[0-9]{1,4000}", value):
                 self.retry = int(value)
-        if not data:
-            return None
-        return ServerSentEvent(kind or "message", "\n".join(data), self.last_id, self.retry)
+        return ServerSentEvent(kind, "\n".join(data), self.last_id, self.retry) if data else None
 
 
-# ---------------------------------------------------------------------------
-# Events
-# ---------------------------------------------------------------------------
+# ---- Events ------------------------------------------------------------------------------------------------
+
+
+def _event_type(kind: str) -> TaskUpdateEventType:
+    return _EVENT_TYPES.get(kind) or TaskUpdateEventType(kind)
 
 
 @dataclass(repr=False)
@@ -1666,38 +1584,30 @@ class TaskUpdateEvent(_Record):
     `raw` is the envelope as it came; `task_id` may be that of a sub-agent's task.
     """
 
-    type: TaskUpdateEventType
+    type: TaskUpdateEventType = _as(_event_type, str)
     task_id: Optional[str] = None
     organization_id: Optional[str] = None
-    time: _Time = _as(_time)
+    time: _Time = _as(_time, str)
     data: Any = None
     raw: Dict[str, Any] = field(default_factory=dict, compare=False)
+    extra: Dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(
-        cls,
-        data: Mapping[str, Any],
-        required: Mapping[str, Any] = {},
+        cls, data: Mapping[str, Any], required: Mapping[str, Any] = {},
         configuration: Optional[Configuration] = None,
     ) -> TaskUpdateEvent:
         """The event of an envelope; `required` fills in what trimmed tasks leave out."""
-        kind, body = data["type"], data.get("data")
-        task_id = data.get("task_id") or required.get("id")
-        if isinstance(body, dict):
-            body = _event_data(kind, body, required, task_id, configuration)
-        kind = _EVENT_TYPES.get(kind) or TaskUpdateEventType(kind)
-        raw = data if isinstance(data, dict) else dict(data)
-        return cls(kind, task_id, data.get("organization_id"), _time(data.get("time")), body, raw)
-
-    @property
-    def _wire(self) -> Mapping[str, Any]:  # type: ignore[override]
-        return self.raw
-
-    @property
-    def extra(self) -> Dict[str, Any]:  # type: ignore[override]
-        """What the envelope holds beside the five."""
-        known = _plan(type(self)).defaults
-        return {key: value for key, value in self.raw.items() if key not in known}
+        event = super().from_dict(data)
+        event.raw = dict(data)
+        event.task_id = event.task_id or required.get("id")
+        body, record = event.data, _EVENT_RECORDS.get(event.type)
+        if record and isinstance(body, dict):
+            if record is Task:
+                event.data = Task.from_dict({**required, "id": event.task_id, **body}, configuration)
+            elif isinstance(body.get("request_id"), str) and isinstance(body.get("operation_id"), str):
+                event.data = record.from_dict(body)
+        return event
 
 
 _EVENT_TYPES = {kind.value: kind for kind in TaskUpdateEventType}  # calling the enum is far slower
@@ -1706,21 +1616,6 @@ _EVENT_RECORDS: Dict[str, Type[_Record]] = {
     "tool_call_request": ToolCallRequest, "tool_call_result": ToolCallResult,
     "think": ToolCallRequest, "analyze": ToolCallRequest,
 }
-
-
-def _event_data(
-    kind: str, data: Dict[str, Any], required: Mapping[str, Any], task_id: Any, configuration: Any
-) -> Any:
-    """The data of an event, typed where its type and its shape allow."""
-    record = _EVENT_RECORDS.get(kind)
-    if record is Task:
-        data = {**required, "id": task_id, **data}
-        return Task._from_told(data, json.dumps(data), configuration)
-    if record and isinstance(data.get("request_id"), str) and isinstance(data.get("operation_id"), str):
-        return record.from_dict(data)
-    return data
-
-
 _decode = json.JSONDecoder().decode  # json.loads asks each time what it is asked for
 
 
@@ -1731,15 +1626,13 @@ class _Stream:
         self.configuration, self.task_id = task.configuration, task.id
         self.required = {name: _plain(getattr(task, name)) for name in _REQUIRED}
         self.url = self.configuration._events_url(task)
-        self.line = _Line()
+        self.line, self.parser = _Line(), _Parser()
         idle = self.configuration.idle_timeout
         self.idle_timeout = min(idle, _FINAL_SILENCE) if task.is_finished else idle
-        self.parser = _Parser()
         self.seen: Deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of data
         self.replayed: Set[int] = set()  # those seen, while what comes may be a repetition
         self.shook_hands = self.finished = False
         self.failures = 0  # connections that failed, in a row
-        self.weight = 0  # characters of data read so far
 
     def batches(self) -> Generator[List[TaskUpdateEvent], None, None]:
         """The events, as many at a time as came together, until the task is over."""
@@ -1753,12 +1646,11 @@ class _Stream:
             # An end proves nothing, however clean it looks: the status does.
             task = Task._fetch(self.task_id, self.configuration, self.line)
             if task.is_finished:
-                yield [self._last(task._told())]
+                yield [self._last(json.loads(task._told))]
                 return
             if response:
                 if response.status == 204:
-                    status = task._status_text
-                    raise ModuleException(204, f"The server has no events, but the task is {status}")
+                    raise ModuleException(204, f"The server has no events, but the task is {task.status}")
                 retry = 500 if self.parser.retry is None else self.parser.retry
                 _wait(min(max(retry, 100), 30_000) / 1000, self.line)
 
@@ -1773,25 +1665,19 @@ class _Stream:
                     return None
                 tells = code == 429 or 500 <= code < 600
                 again = tells if error.answered else isinstance(cause, _TIMEOUTS + _BROKEN)
-                pause = _pause_after(error, self.failures) if again else None
-                self.failures += 1
-                left = self.line.hung_up.is_set()
-                if pause is None or left or self.failures > self.configuration.max_retries:
-                    raise
+                pause = self.configuration._transport.pause(error, again, self.failures, self.line)
             _wait(pause, self.line)
+            self.failures += 1
 
     def _open(self) -> _Response:
-        transport = self.configuration._wires
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         last_id = self.parser.last_id.encode()  # UTF-8, as the standard has it
         if re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", last_id):
             headers["Last-Event-ID"] = last_id.decode("latin-1")  # which is what http.client sends
         self.line.connected = False
+        transport = self.configuration._transport
         request = transport.request("GET", self.url, headers, self.line)
-        try:
-            response = transport.open(request, self.idle_timeout)
-        except _FAILURES as error:
-            raise transport.no_answer(request.place, error) from error
+        response = transport.open(request, self.idle_timeout)
         if not 200 <= response.status < 300:
             with response:
                 transport.judge(response, self._reason(response), request.place)  # which raises
@@ -1804,7 +1690,7 @@ class _Stream:
             if self.line.socket:
                 self.line.socket.settimeout(2.0)
             while part and len(body) < 65536 and time.monotonic() < ends:
-                part = response.read1(65536)
+                part = response.read_some()
                 body += part
         return body
 
@@ -1815,44 +1701,36 @@ class _Stream:
             return
         if status != 200 or kind != "text/event-stream":
             raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
-        if response.headers.get("Transfer-Encoding") and not response.chunked:
-            raise ModuleException(500, "The stream has a Transfer-Encoding other than chunked")
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.replayed = set(self.seen)
-        while not self.finished:
+        chunk = b"-"
+        while chunk and not self.finished:
+            batch: List[TaskUpdateEvent] = []
             try:
                 chunk = response.read_some()
-                batch = self._events(self.parser.feed(chunk))
+                for message in self.parser.feed(chunk):
+                    self._take(message.data, batch)
             except (OSError, http.client.HTTPException):
                 return  # cut off, or silent
             except ValueError as error:
-                raise ModuleException(500, f"The stream sent {error}") from error
-            if batch:
                 yield batch
-            if not chunk:
-                return
+                raise ModuleException(500, f"The stream sent {error}") from error
+            yield batch
 
-    def _events(self, messages: Iterable[ServerSentEvent]) -> List[TaskUpdateEvent]:
-        batch = []
-        for _, data, _, _ in messages:
-            mark = hash(data)
-            self.failures = 0
-            event = None if mark in self.replayed else self._event(data)
-            if event is None:
-                continue
-            if event.type != "connected":
-                self.replayed = set()
-                self.seen.append(mark)
-            elif self.shook_hands:
-                continue
-            else:
-                self.shook_hands = True  # each connection sends one
-            self.weight += len(data)
-            batch.append(event)
-            if event.type == "task_finished" and event.task_id == self.task_id:
-                self.finished = True
-                break
-        return batch
+    def _take(self, data: str, batch: List[TaskUpdateEvent]) -> None:
+        """Add the event that the data holds, unless it was seen on an earlier connection."""
+        mark = hash(data)
+        self.failures = 0
+        event = None if mark in self.replayed or self.finished else self._event(data)
+        if event is None or event.type == "connected" and self.shook_hands:  # each connection sends one
+            return
+        if event.type == "connected":
+            self.shook_hands = True
+        else:
+            self.replayed = set()
+            self.seen.append(mark)
+        batch.append(event)
+        self.finished = event.type == "task_finished" and event.task_id == self.task_id
 
     def _event(self, data: str) -> Optional[TaskUpdateEvent]:
         try:
@@ -1871,6 +1749,23 @@ class _Stream:
         envelope = {"type": "task_finished", **ids, "time": ended, "data": told}
         return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
 
+    def relay(self, loop: Any, queue: Any, room: threading.Semaphore) -> None:
+        """Put the batches into an event loop's queue, from a thread; None or an error is the last word."""
+        last: Optional[BaseException] = None
+        try:
+            with contextlib.closing(self.batches()) as batches:
+                for batch in filter(None, batches):
+                    loop.call_soon_threadsafe(queue.put_nowait, batch)
+                    while not room.acquire(timeout=1.0):
+                        if loop.is_closed():
+                            return
+                    if self.line.hung_up.is_set():
+                        return
+        except BaseException as error:  # raised again where the consumer is
+            last = error
+        with contextlib.suppress(RuntimeError):  # the loop was closed under the stream
+            loop.call_soon_threadsafe(queue.put_nowait, last)
+
 
 def _events(task: Task) -> Generator[TaskUpdateEvent, None, None]:
     with contextlib.closing(_Stream(task).batches()) as batches:
@@ -1878,68 +1773,33 @@ def _events(task: Task) -> Generator[TaskUpdateEvent, None, None]:
             yield from batch
 
 
-class _Relay:
-    """Hands batches from a stream's thread to an event loop, and holds the thread while too much waits."""
-
-    def __init__(self, stream: _Stream, loop: Any, queue: Any) -> None:
-        self.stream, self.loop, self.queue = stream, loop, queue
-        self.taken = 0  # the stream's weight at the last batch that was taken
-        self.room = threading.Event()
-
-    def run(self) -> None:
-        """The thread: reads the stream until it ends or is left. An exception or [] is its last word."""
-        left = self.stream.line.hung_up
-        try:
-            with contextlib.closing(self.stream.batches()) as batches:
-                for batch in batches:
-                    self.put(batch)
-                    while self.stream.weight - self.taken > _RELAY_BYTES and not left.is_set():
-                        self.room.wait(1.0)
-                        self.room.clear()  # then look again: what was set meanwhile is not lost
-                        if self.loop.is_closed():
-                            self.stream.line.hang_up()
-                    if left.is_set():
-                        break
-            self.put([])
-        except BaseException as error:  # raised again where the consumer is
-            self.put(error)
-
-    def put(self, batch: Union[List[TaskUpdateEvent], BaseException]) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, (self.stream.weight, batch))
-        except RuntimeError:  # the loop was closed under the stream
-            self.stream.line.hang_up()
-
-
 async def _aevents(task: Task) -> AsyncGenerator[TaskUpdateEvent, None]:
     import asyncio
 
-    relay = _Relay(_Stream(task), asyncio.get_running_loop(), asyncio.Queue())
-    thread = threading.Thread(target=relay.run, name=f"events of {task.id}", daemon=True)
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    stream, loop, room = _Stream(task), asyncio.get_running_loop(), threading.Semaphore(_RELAY_BATCHES)
+    thread = threading.Thread(target=stream.relay, args=(loop, queue, room), daemon=True)
     thread.start()
     try:
         while True:
-            relay.taken, batch = await relay.queue.get()
-            if relay.stream.weight - relay.taken < _RELAY_BYTES // 2:
-                relay.room.set()
-            if isinstance(batch, BaseException):
-                raise batch
-            if not batch:
-                return
+            batch = await queue.get()
+            room.release()
+            if not isinstance(batch, list):
+                break
             for event in batch:
                 yield event
+        if batch:
+            raise batch
     finally:
         for exponent in range(8):  # some 0.1 s: a thread inside a name look-up ends with it
-            relay.stream.line.hang_up()  # again: it may have been about to connect
-            relay.room.set()
-            if not thread.is_alive() or relay.loop.is_closed():
+            stream.line.hang_up()  # again: it may have been about to connect
+            room.release()
+            if not thread.is_alive() or loop.is_closed():
                 break
             await asyncio.sleep(0.0005 * 2**exponent)
 
 
-# ---------------------------------------------------------------------------
-# Files: URLs that come from strangers
-# ---------------------------------------------------------------------------
+# ---- Files: URLs that come from strangers ------------------------------------------------------------------
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp", ".svg")
 _PDF = (".pdf",)
@@ -1982,8 +1842,8 @@ def _judge_addresses(host: str, found: Iterable[Tuple[Any, ...]]) -> None:
 def _judge_host(url: str, trusted: Iterable[str], flags: int = 0) -> None:
     """Refuse a URL whose host is not trusted and has an address that is not public."""
     host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
+    local = f".{host}".endswith(".localhost")  # RFC 6761, section 6.3
     try:
-        local = f".{host}".endswith(".localhost")  # RFC 6761, section 6.3
         found = socket.getaddrinfo("127.0.0.1" if local else host, None, flags=flags)
     except OSError:
         return  # no address to refuse
@@ -2009,9 +1869,9 @@ def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Got]:
     lines = [_Line() for _ in urls[:_FILE_THREADS]]
     threads = [threading.Thread(target=work.run, args=(line,), daemon=True) for line in lines]
     ends = time.monotonic() + configuration.timeout
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join(max(0.0, ends - time.monotonic()))
     finally:
@@ -2027,50 +1887,47 @@ class _FileWork:
     """What the threads of one call share."""
 
     def __init__(self, configuration: Configuration, urls: List[str]) -> None:
-        self.transport, self.timeout = configuration._wires, configuration.timeout
-        self.queue = deque(enumerate(urls))
+        self.transport, self.queue = configuration._transport, deque(enumerate(urls))
         self.results: List[_Got] = [TimeoutError("not fetched in time") for _ in urls]
-        self.sizes = [0] * len(urls)  # bytes held, of each file
-        self.lock = threading.Lock()
+        self.held, self.lock = 0, threading.Lock()  # bytes of all files
 
     def run(self, line: _Line) -> None:
-        while True:
-            try:
+        while self.queue:
+            with contextlib.suppress(IndexError):  # another thread was faster
                 number, url = self.queue.popleft()
-            except IndexError:
-                return
-            try:
-                self.results[number] = self.fetch(number, url, line)
-            except (OSError, ValueError, http.client.HTTPException, ModuleException) as error:
-                self.results[number] = error
-                self.sizes[number] = 0
-                if isinstance(error, _Refused):
-                    _warn("a file was left out: %s", error)
+                content = bytearray()
+                try:
+                    self.results[number] = self.fetch(url, line, content)
+                except (ModuleException, *_FAILURES) as error:
+                    self.grow(content, -len(content))
+                    refusal = error.__cause__ or error
+                    self.results[number] = refusal if isinstance(refusal, _Refused) else error
+                    if isinstance(refusal, _Refused):
+                        _warn("a file was left out: %s", refusal)
 
-    def fetch(self, number: int, url: str, line: _Line) -> Tuple[bytes, Optional[str]]:
+    def fetch(self, url: str, line: _Line, content: bytearray) -> Tuple[bytes, Optional[str]]:
         request = _Request("GET", _clean_url(url), {"Accept": "*/*"}, line)
         request.guarded = True
-        content = bytearray()
-        with self.transport.open(request, self.timeout) as response:
+        with self.transport.open(request, self.transport.timeout) as response:
             if response.status != 200:
                 raise ModuleException(response.status, "the server has no such file")
             for part in iter(response.read_some, b""):
                 content += part
-                with self.lock:  # so that of several files the one that is too much fails alone
-                    self.sizes[number] = len(content)
-                    too_large = len(content) > _MAX_FILE or sum(self.sizes) > _MAX_FILES
-                    self.sizes[number] *= not too_large
-                if too_large:
-                    raise ModuleException(413, "the file is too large")
-            # read1() takes a body that was cut off, by us too, for a whole one
-            if response.length or line.hung_up.is_set():
+                self.grow(content, len(part))
+            if line.hung_up.is_set():  # our own hang-up looks like the end of a file without a length
                 raise http.client.IncompleteRead(b"")
             return bytes(content), response.headers.get_content_charset()
+
+    def grow(self, content: bytearray, size: int) -> None:
+        with self.lock:  # so that of several files the one that is too much fails alone
+            self.held += size
+            if size > 0 and (len(content) > _MAX_FILE or self.held > _MAX_FILES):
+                raise ModuleException(413, "the file is too large")
 
 
 def _text_of(got: _Got) -> str:
     """A file's text, or an error that tells whoever typed the URL nothing about this network."""
-    if isinstance(got, ModuleException):
+    if isinstance(got, ModuleException) and got.answered:
         return f"Error: {got.description}"
     if isinstance(got, Exception):
         return "Error: the file could not be fetched"
