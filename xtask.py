@@ -219,10 +219,10 @@ def _time(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """The value as JSON has it: fresh containers, records as objects, enums and times as strings."""
-    return json.loads(json.dumps(value, default=_encoded))
+    return json.loads(_encode(value))
 
 
-def _encoded(value: Any) -> Any:
+def _default(value: Any) -> Any:
     if isinstance(value, _Record):
         return value.to_dict()
     if isinstance(value, datetime):
@@ -230,12 +230,16 @@ def _encoded(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
+_encode = json.JSONEncoder(default=_default).encode
+_ordered = json.JSONEncoder(sort_keys=True).encode
+
+
 class _Plan(NamedTuple):
     """How the records of a class are read and written, by the names of the fields."""
 
     defaults: Dict[str, Any]
     lists: List[str]  # the fields whose default is an empty list, of which no two records share one
-    loads: List[Tuple[str, Callable[[Any], Any]]]  # what converts a field's JSON value
+    loads: List[Tuple[str, type, Callable[[Any], Any]]]  # what converts a JSON value of which type
 
 
 _plans: Dict[type, _Plan] = {}
@@ -246,18 +250,14 @@ def _plan(cls: type) -> _Plan:
         fields = [f for f in dataclasses.fields(cls) if f.name not in ("extra", "raw")]
         lists = [f.name for f in fields if f.default_factory is list]
         defaults = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
-        loads = [(f.name, f.metadata["load"]) for f in fields if "load" in f.metadata]
+        loads = [(f.name, *f.metadata["load"]) for f in fields if "load" in f.metadata]
         _plans[cls] = _Plan({**defaults, **{name: [] for name in lists}}, lists, loads)
     return _plans[cls]
 
 
 def _as(load: Callable[[Any], Any], kind: type, **options: Any) -> Any:
-    """A field whose JSON value is converted by `load`; of another kind than that it stays as it came."""
-
-    def checked(value: Any) -> Any:
-        return load(value) if isinstance(value, kind) else value
-
-    return field(**(options or {"default": None}), metadata={"load": checked})
+    """A field whose JSON value is converted by `load`; of another type than that it stays as it came."""
+    return field(**(options or {"default": None}), metadata={"load": (kind, load)})
 
 
 class _Record:
@@ -272,16 +272,19 @@ class _Record:
         """The record of a JSON object. Nothing is refused and nothing is lost."""
         defaults, lists, loads = _plan(cls)
         self = cls.__new__(cls)
-        state = self.__dict__
+        state, extra = self.__dict__, {}
         state.update(defaults)
         state.update(data)
-        extra = {name: state.pop(name) for name in data if name not in defaults}
-        state.update(extra=extra, _wire=data)
+        for name in data:
+            if name not in defaults:
+                extra[name] = state.pop(name)
+        state["extra"], state["_wire"] = extra, data
         for name in lists:
             if name not in data:
                 state[name] = []
-        for name, load in loads:
-            state[name] = load(state[name])
+        for name, kind, load in loads:
+            if isinstance(state[name], kind):
+                state[name] = load(state[name])
         return self
 
     def to_dict(self) -> Dict[str, Any]:
@@ -675,15 +678,18 @@ class Task(_Record):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], configuration: Optional[Configuration] = None) -> Task:
         """The task of a JSON object, as the server last told it: `save()` compares with this."""
-        told = json.dumps(data)
-        task = super().from_dict(json.loads(told))  # shares nothing with `data`
-        task._told, task._configuration = told, configuration
+        return cls._of(json.loads(json.dumps(data)), configuration)  # shares nothing with `data`
+
+    @classmethod
+    def _of(cls, data: Mapping[str, Any], configuration: Optional[Configuration]) -> Task:
+        task = super().from_dict(data)
+        task._told, task._configuration = json.dumps(data), configuration
         return task
 
     @classmethod
     def _from_answer(cls, value: Any, configuration: Configuration) -> Task:
         if isinstance(value, dict) and isinstance(value.get("id"), str):
-            return cls.from_dict(value, configuration)
+            return cls._of(value, configuration)
         raise configuration._unexpected(value, "a task")
 
     def __repr__(self) -> str:
@@ -1006,11 +1012,7 @@ class Task(_Record):
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, Any]:
     """The items of `new` that differ from `old` as JSON: True is not 1, key order does not count."""
-
-    def text(value: Any) -> str:
-        return json.dumps(value, sort_keys=True)
-
-    return {k: v for k, v in new.items() if k not in old or text(old[k]) != text(v)}
+    return {k: v for k, v in new.items() if k not in old or _ordered(old[k]) != _ordered(v)}
 
 
 # ---- Transport ---------------------------------------------------------------------------------------------
@@ -1019,7 +1021,7 @@ _BROKEN = (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, socket.
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
 # Of a request that is under way; ValueError: a host or a port, of a redirect too, that is none
 _FAILURES = (OSError, http.client.HTTPException, ValueError)
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n")  # RFC 9112, section 7.1
+_CHUNK_HEAD = re.compile(rb"[\r\n]*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
 # Neither "@" (a user name), nor "%" and "\\", which parsers of URLs read in two ways
 _HOST_AND_PORT = re.compile(r"[^\s@%\\]+")
 
@@ -1081,6 +1083,7 @@ class _Response(http.client.HTTPResponse):
 
     connection: Optional[_Connection] = None
     left = 0  # bytes still to come of the current chunk
+    rest = b""  # what came of the next chunk's size, or after the last chunk
     ended = False  # the last chunk came
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
@@ -1107,28 +1110,24 @@ class _Response(http.client.HTTPResponse):
         """
         parts: List[bytes] = []
         while not parts and not self.ended:
-            waiting = len(self.fp.peek())  # blocks until there is something
-            if not waiting:
+            data = self.fp.read1(65536)
+            if not data:
                 raise http.client.IncompleteRead(b"")
-            while waiting > 0 and not self.ended:
+            data, place, head = self.rest + data, 0, None
+            while place < len(data) and not self.ended:
                 if self.left:
-                    parts.append(self.fp.read1(min(self.left, waiting)))
-                    self.left -= len(parts[-1])
-                    waiting -= len(parts[-1])
-                else:
-                    waiting -= self._read_size()
+                    parts.append(data[place : place + self.left])
+                    place, self.left = place + len(parts[-1]), self.left - len(parts[-1])
+                    continue
+                head = _CHUNK_HEAD.match(data, place)
+                if not head:
+                    break
+                place, self.left = head.end(), int(head[1], 16)
+                self.ended = self.left == 0
+            self.rest = data[place:]
+            if not self.ended and (len(self.rest) > 4096 or b"\n" in self.rest.lstrip(b"\r\n")):
+                raise http.client.HTTPException("a chunk without a size")
         return b"".join(parts)
-
-    def _read_size(self) -> int:
-        """Read the line before a chunk, or the line end after one; the number of its bytes."""
-        line = self.fp.readline(4096)
-        size = _CHUNK_SIZE.fullmatch(line)
-        if size:
-            self.left = int(size[1], 16)
-            self.ended = self.left == 0
-        elif line not in (b"\r\n", b"\n"):
-            raise http.client.IncompleteRead(line)
-        return len(line)
 
     def read_all(self) -> bytes:
         body = bytearray()
@@ -1289,7 +1288,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     def give_back(self, response: _Response) -> None:
         """Keep the connection of an answer that was read to its end."""
         connection = response.connection
-        whole = not response.ended or response.fp.readline(4096) == b"\r\n"  # else trailers
+        whole = not response.ended or (response.rest or response.fp.readline(4096)) == b"\r\n"  # no trailers
         if connection and connection.sock and connection.origin.keep and whole and response.status >= 200 \
                 and len(self.idle) < _KEEP_CONNECTIONS:
             response.connection = connection.origin.line.socket = None  # the next to use it is somebody else
@@ -1546,15 +1545,19 @@ class _Parser:
 
     def _events(self, blocks: List[bytes]) -> Iterator[ServerSentEvent]:
         for block in blocks:
-            event = self._event(block.decode("utf-8", "replace")) if len(block) <= _MAX_EVENT else None
+            if len(block) > _MAX_EVENT:
+                break
+            text = block.decode("utf-8", "replace")
+            if text.startswith("data: ") and "\n" not in text:  # nearly all: half the time
+                yield ServerSentEvent("message", text[6:], self.last_id, self.retry)
+                continue
+            event = self._event(text)
             if event:
                 yield event
         if max([self._size, *map(len, blocks)]) > _MAX_EVENT:
             raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
 
     def _event(self, block: str) -> Optional[ServerSentEvent]:
-        if block.startswith("data: ") and "\n" not in block:  # nearly all: half the time
-            return ServerSentEvent("message", block[6:], self.last_id, self.retry)
         kind, data = "message", []
         for line in block.split("\n"):  # not splitlines(), which splits at U+2028 too
             name, _, value = line.partition(":")
@@ -1573,10 +1576,6 @@ class _Parser:
 # ---- Events ------------------------------------------------------------------------------------------------
 
 
-def _event_type(kind: str) -> TaskUpdateEventType:
-    return _EVENT_TYPES.get(kind) or TaskUpdateEventType(kind)
-
-
 @dataclass(repr=False)
 class TaskUpdateEvent(_Record):
     """One event. `data` is a `Task`, a `ToolCallRequest`, a `ToolCallResult`, or the JSON that came.
@@ -1584,10 +1583,10 @@ class TaskUpdateEvent(_Record):
     `raw` is the envelope as it came; `task_id` may be that of a sub-agent's task.
     """
 
-    type: TaskUpdateEventType = _as(_event_type, str)
+    type: TaskUpdateEventType
     task_id: Optional[str] = None
     organization_id: Optional[str] = None
-    time: _Time = _as(_time, str)
+    time: _Time = None
     data: Any = None
     raw: Dict[str, Any] = field(default_factory=dict, compare=False)
     extra: Dict[str, Any] = field(default_factory=dict)
@@ -1598,18 +1597,22 @@ class TaskUpdateEvent(_Record):
         configuration: Optional[Configuration] = None,
     ) -> TaskUpdateEvent:
         """The event of an envelope; `required` fills in what trimmed tasks leave out."""
-        event = super().from_dict(data)
-        event.raw = dict(data)
-        event.task_id = event.task_id or required.get("id")
-        body, record = event.data, _EVENT_RECORDS.get(event.type)
+        kind, body = data["type"], data.get("data")
+        task_id, record = data.get("task_id") or required.get("id"), _EVENT_RECORDS.get(kind)
         if record and isinstance(body, dict):
             if record is Task:
-                event.data = Task.from_dict({**required, "id": event.task_id, **body}, configuration)
+                body = Task._of({**required, "id": task_id, **body}, configuration)
             elif isinstance(body.get("request_id"), str) and isinstance(body.get("operation_id"), str):
-                event.data = record.from_dict(body)
+                body = record.from_dict(body)
+        extra = {} if data.keys() <= _ENVELOPE else {k: v for k, v in data.items() if k not in _ENVELOPE}
+        kind = _EVENT_TYPES.get(kind) or TaskUpdateEventType(kind)
+        raw = data if isinstance(data, dict) else dict(data)
+        event = cls(kind, task_id, data.get("organization_id"), _time(data.get("time")), body, raw, extra)
+        event._wire = data
         return event
 
 
+_ENVELOPE = {"type", "task_id", "organization_id", "time", "data"}
 _EVENT_TYPES = {kind.value: kind for kind in TaskUpdateEventType}  # calling the enum is far slower
 _EVENT_RECORDS: Dict[str, Type[_Record]] = {
     "task_created": Task, "task_updated": Task, "task_finished": Task,
