@@ -23,8 +23,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import email.utils
+import functools
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -570,16 +572,15 @@ def _path(route: str, ids: Mapping[str, Any]) -> str:
     return route.format(**{name: urllib.parse.quote(value, safe="") for name, value in ids.items()})
 
 
-_shared: Dict[Tuple[Optional[str], ...], Configuration] = {}
-_ENVIRONMENT = ("XPANDER_API_KEY", "XPANDER_ORGANIZATION_ID", "XPANDER_BASE_URL", "IS_STG")
+@functools.lru_cache(maxsize=16)  # an environment that keeps changing must not fill the memory
+def _configuration_of(*environment: Optional[str]) -> Configuration:
+    return Configuration()
 
 
 def _default_configuration() -> Configuration:
     """The one configuration of this environment, so that calls in a loop share a connection."""
-    key = tuple(map(os.environ.get, _ENVIRONMENT))
-    if len(_shared) >= 16 and key not in _shared:
-        _shared.clear()  # an environment that keeps changing must not fill the memory
-    return _shared.get(key) or _shared.setdefault(key, Configuration())
+    names = ("XPANDER_API_KEY", "XPANDER_ORGANIZATION_ID", "XPANDER_BASE_URL", "IS_STG")
+    return _configuration_of(*map(os.environ.get, names))
 
 
 def _given(values: Mapping[str, Any]) -> Dict[str, Any]:
@@ -693,10 +694,7 @@ class Task(_Record):
         raise configuration._unexpected(value, "a task")
 
     def __repr__(self) -> str:
-        title = _mask(self.title)
-        if isinstance(title, str) and len(title) > 60:
-            title = title[:59] + "…"
-        return f"Task(id={self.id!r}, status={_plain(self.status)!r}, title={title!r})"
+        return f"Task(id={self.id!r}, status={_plain(self.status)!r}, title={_mask(self.title)!r:.60})"
 
     @property
     def configuration(self) -> Configuration:
@@ -869,13 +867,11 @@ class Task(_Record):
         has no `events_streaming`. To leave early, wrap it in `contextlib.closing`.
         Route: GET /{organization_id}/agent-execution/{task_id}/events under the events root.
         """
-        self._check_streaming()
-        return _events(self)
+        return _events(_Stream(self))
 
     def aevents(self) -> AsyncGenerator[TaskUpdateEvent, None]:
         """`events`, async; each stream is read by a daemon thread of its own."""
-        self._check_streaming()
-        return _aevents(self)
+        return _aevents(_Stream(self))
 
     def get_activity_log(self) -> AgentActivityThread:
         """What the task did. None yet: `ModuleException` 404. Route: GET /activity/{agent_id}/{task_id}."""
@@ -962,10 +958,6 @@ class Task(_Record):
         files = getattr(self.input, "files", None)
         urls = [url for url in files if isinstance(url, str)] if isinstance(files, list) else []
         return urls if kind is None else [url for url in urls if _extension(url) in kind]
-
-    def _check_streaming(self) -> None:
-        if not self.events_streaming:
-            raise ValueError("no events: create the task with events_streaming=True, or wait_finished()")
 
     @classmethod
     def _fetch(cls, task_id: str, configuration: Configuration, line: Optional[_Line] = None) -> Task:
@@ -1086,12 +1078,6 @@ class _Response(http.client.HTTPResponse):
     rest = b""  # what came of the next chunk's size, or after the last chunk
     ended = False  # the last chunk came
 
-    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
-        super().__init__(sock, *arguments, **options)
-        self.fp.close()
-        # 8 KiB, the default, would cut a burst of events into many reads
-        self.fp = sock.makefile("rb", buffering=65536)  # type: ignore[assignment]
-
     def read_some(self) -> bytes:
         """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off."""
         if self.chunked and self.length is None:  # a 204 has the length 0, whatever it says of chunks
@@ -1104,16 +1090,13 @@ class _Response(http.client.HTTPResponse):
         return part
 
     def _read_chunks(self) -> bytes:
-        """The data of all chunks that have arrived.
-
-        `read1()` gives one at a time, and servers send one event in each: this halves a burst's CPU.
-        """
+        """The data of all chunks that arrived: http.client's one at a time doubles the CPU of a burst."""
         parts: List[bytes] = []
         while not parts and not self.ended:
-            data = self.fp.read1(65536)
+            data, place = self.fp.read1(65536), 0
             if not data:
-                raise http.client.IncompleteRead(b"")
-            data, place, head = self.rest + data, 0, None
+                raise http.client.IncompleteRead(data)
+            data = self.rest + data
             while place < len(data) and not self.ended:
                 if self.left:
                     parts.append(data[place : place + self.left])
@@ -1129,13 +1112,13 @@ class _Response(http.client.HTTPResponse):
                 raise http.client.HTTPException("a chunk without a size")
         return b"".join(parts)
 
-    def read_all(self) -> bytes:
-        body = bytearray()
+    def read_all(self, body: bytearray, limit: int = _MAX_ANSWER, seconds: float = math.inf) -> None:
+        """Read the whole body, into `body`, which has what came when this fails."""
+        ends = time.monotonic() + seconds
         for part in iter(self.read_some, b""):
             body += part
-            if len(body) > _MAX_ANSWER:
-                raise OSError(f"the answer is over {_MAX_ANSWER // 2**20} MiB")
-        return bytes(body)
+            if len(body) > limit or time.monotonic() > ends:
+                raise OSError(f"the answer is over {limit // 2**20} MiB")
 
     def abandon(self) -> None:
         """Close it and its connection, if that was not given back."""
@@ -1402,14 +1385,15 @@ class _Transport:
 
     def _once(self, request: _Request) -> Any:
         with self.open(request, self.timeout) as response:
+            body = bytearray()
             try:
-                body = response.read_all()
+                response.read_all(body)
                 self._handler.give_back(response)
             except _FAILURES as error:
                 raise self._no_answer(request.place, error) from error
         return self.judge(response, body, request.place)
 
-    def judge(self, response: _Response, body: bytes, place: str) -> Any:
+    def judge(self, response: _Response, body: bytearray, place: str) -> Any:
         """The JSON value of an answer (None for an empty one), or a ModuleException."""
         status, headers = response.status, response.headers
         value, broken = None, None
@@ -1445,11 +1429,11 @@ class _Transport:
         return text.replace(self._key, "***") if known else text
 
 
-def _is_html(headers: Any, body: bytes) -> bool:
+def _is_html(headers: Any, body: bytearray) -> bool:
     return "html" in headers.get("Content-Type", "").lower() or body.lstrip()[:1] == b"<"
 
 
-def _describe(status: int, headers: Any, body: bytes, value: Any) -> str:
+def _describe(status: int, headers: Any, body: bytearray, value: Any) -> str:
     """What an error says in the forms that the platform and proxies use."""
     said = value if isinstance(value, dict) else {"detail": value}
     for text in map(said.get, ("detail", "message", "error")):
@@ -1626,12 +1610,10 @@ class _Stream:
     """One reader of a task's events: what it knows over all its connections."""
 
     def __init__(self, task: Task) -> None:
-        self.configuration, self.task_id = task.configuration, task.id
-        self.required = {name: _plain(getattr(task, name)) for name in _REQUIRED}
-        self.url = self.configuration._events_url(task)
+        if not task.events_streaming:
+            raise ValueError("no events: create the task with events_streaming=True, or wait_finished()")
+        self.task, self.configuration = task, task.configuration
         self.line, self.parser = _Line(), _Parser()
-        idle = self.configuration.idle_timeout
-        self.idle_timeout = min(idle, _FINAL_SILENCE) if task.is_finished else idle
         self.seen: Deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of data
         self.replayed: Set[int] = set()  # those seen, while what comes may be a repetition
         self.shook_hands = self.finished = False
@@ -1639,6 +1621,10 @@ class _Stream:
 
     def batches(self) -> Generator[List[TaskUpdateEvent], None, None]:
         """The events, as many at a time as came together, until the task is over."""
+        task, idle = self.task, self.configuration.idle_timeout
+        self.task_id, self.url = task.id, self.configuration._events_url(task)
+        self.required = {name: _plain(getattr(task, name)) for name in _REQUIRED}
+        self.idle_timeout = min(idle, _FINAL_SILENCE) if task.is_finished else idle
         while True:
             response = self._connect()
             if response:
@@ -1682,20 +1668,13 @@ class _Stream:
         request = transport.request("GET", self.url, headers, self.line)
         response = transport.open(request, self.idle_timeout)
         if not 200 <= response.status < 300:
-            with response:
-                transport.judge(response, self._reason(response), request.place)  # which raises
+            body = bytearray()
+            with response, contextlib.suppress(*_FAILURES):  # the status says enough to go on with
+                if self.line.socket:
+                    self.line.socket.settimeout(2.0)
+                response.read_all(body, 65536, seconds=2.0)
+            transport.judge(response, body, request.place)  # which raises
         return response
-
-    def _reason(self, response: _Response) -> bytes:
-        """What an error says within 2 s: the status says enough to go on with."""
-        body, part, ends = b"", b"-", time.monotonic() + 2.0
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            if self.line.socket:
-                self.line.socket.settimeout(2.0)
-            while part and len(body) < 65536 and time.monotonic() < ends:
-                part = response.read_some()
-                body += part
-        return body
 
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
         """The events of one connection, until it ends in whatever way."""
@@ -1770,17 +1749,17 @@ class _Stream:
             loop.call_soon_threadsafe(queue.put_nowait, last)
 
 
-def _events(task: Task) -> Generator[TaskUpdateEvent, None, None]:
-    with contextlib.closing(_Stream(task).batches()) as batches:
+def _events(stream: _Stream) -> Generator[TaskUpdateEvent, None, None]:
+    with contextlib.closing(stream.batches()) as batches:
         for batch in batches:
             yield from batch
 
 
-async def _aevents(task: Task) -> AsyncGenerator[TaskUpdateEvent, None]:
+async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
     import asyncio
 
     queue: asyncio.Queue[Any] = asyncio.Queue()
-    stream, loop, room = _Stream(task), asyncio.get_running_loop(), threading.Semaphore(_RELAY_BATCHES)
+    loop, room = asyncio.get_running_loop(), threading.Semaphore(_RELAY_BATCHES)
     thread = threading.Thread(target=stream.relay, args=(loop, queue, room), daemon=True)
     thread.start()
     try:
