@@ -267,6 +267,7 @@ class _Record:
 
     extra: Dict[str, Any]
     _wire: Mapping[str, Any] = {}  # the object as it came: which keys, and how times were spelled
+    _told: Union[str, bytes] = "{}"  # of a task: the JSON that the server last told, parsed when it is saved
     _configuration: Optional[Configuration] = None  # which it was loaded with, if it can load more
 
     @classmethod
@@ -559,10 +560,6 @@ class Configuration:
         ids = {"organization_id": self._organization(task.organization_id), "task_id": task.id}
         return base + _path("/{organization_id}/agent-execution/{task_id}/events", ids)
 
-    def _unexpected(self, value: Any, wanted: str) -> ModuleException:
-        place, kind = urllib.parse.urlsplit(self.base_url).netloc, type(value).__name__
-        return ModuleException(500, f"{place} answered with {kind} where {wanted} was due", value)
-
 
 def _path(route: str, ids: Mapping[str, Any]) -> str:
     """A route with its ids filled in, each a whole segment (RFC 3986, section 3.3)."""
@@ -672,26 +669,25 @@ class Task(_Record):
     pending_eca_request: Optional[Dict[str, Any]] = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
-    _told = "{}"  # what the server last told, as JSON (no field: it has no annotation)
-
     # -- as data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], configuration: Optional[Configuration] = None) -> Task:
         """The task of a JSON object, as the server last told it: `save()` compares with this."""
-        return cls._of(json.loads(json.dumps(data)), configuration)  # shares nothing with `data`
+        told = json.dumps(data)
+        return cls._of(json.loads(told), told, configuration)  # shares nothing with `data`
 
     @classmethod
-    def _of(cls, data: Mapping[str, Any], configuration: Optional[Configuration]) -> Task:
+    def _of(cls, data: Mapping[str, Any], told: Union[str, bytes], configuration: Any) -> Task:
         task = super().from_dict(data)
-        task._told, task._configuration = json.dumps(data), configuration
+        task._told, task._configuration = told, configuration
         return task
 
     @classmethod
-    def _from_answer(cls, value: Any, configuration: Configuration) -> Task:
-        if isinstance(value, dict) and isinstance(value.get("id"), str):
-            return cls._of(value, configuration)
-        raise configuration._unexpected(value, "a task")
+    def _from_answer(cls, answer: _Answer, configuration: Configuration) -> Task:
+        if isinstance(answer.value, dict) and isinstance(answer.value.get("id"), str):
+            return cls._of(answer.value, answer.text, configuration)
+        raise answer.unexpected("a task")
 
     def __repr__(self) -> str:
         return f"Task(id={self.id!r}, status={_plain(self.status)!r}, title={_mask(self.title)!r:.60})"
@@ -771,10 +767,10 @@ class Task(_Record):
         configuration = configuration or _default_configuration()
         query = urllib.parse.urlencode(_given(filters))
         route = "/agent-execution/executions/history/{agent_id}" + (f"?{query}" if query else "")
-        found = configuration._transport.call("GET", configuration._api_url(route, agent_id=agent_id))
-        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-            raise configuration._unexpected(found, "a list of objects")
-        items = [TasksListItem.from_dict(item) for item in found]
+        answer = configuration._transport.call("GET", configuration._api_url(route, agent_id=agent_id))
+        if not isinstance(answer.value, list) or not all(isinstance(item, dict) for item in answer.value):
+            raise answer.unexpected("a list of objects")
+        items = [TasksListItem.from_dict(item) for item in answer.value]
         for item in items:
             item._configuration = configuration
         return items
@@ -877,12 +873,12 @@ class Task(_Record):
         """What the task did. None yet: `ModuleException` 404. Route: GET /activity/{agent_id}/{task_id}."""
         ids = {"agent_id": self.agent_id, "task_id": self.id}
         url = self.configuration._api_url("/activity/{agent_id}/{task_id}", **ids)
-        found = self.configuration._transport.call("GET", url)
-        if found is None:
+        answer = self.configuration._transport.call("GET", url)
+        if answer.value is None:
             raise ModuleException(404, "No activity log yet")
-        if not isinstance(found, dict):
-            raise self.configuration._unexpected(found, "an activity log")
-        return AgentActivityThread.from_dict(found)
+        if not isinstance(answer.value, dict):
+            raise answer.unexpected("an activity log")
+        return AgentActivityThread.from_dict(answer.value)
 
     async def aget_activity_log(self) -> AgentActivityThread:
         """`get_activity_log`, async."""
@@ -976,9 +972,9 @@ class Task(_Record):
         url = self.configuration._api_url("/agent-execution/{task_id}/update", task_id=self.id)
         return self._take(self.configuration._transport.call("PATCH", url, changes), before)
 
-    def _take(self, answer: Any, before: Optional[Dict[str, Any]] = None) -> Task:
+    def _take(self, answer: Optional[_Answer], before: Optional[Dict[str, Any]] = None) -> Task:
         """Become the task of the answer, but for the fields that were changed since `before`."""
-        if answer is None:  # no body, or a stop found nothing: ask
+        if answer is None or answer.value is None:  # no body, or a stop found nothing: ask
             newer = self._fetch(self.id, self.configuration)
         else:
             newer = self._from_answer(answer, self.configuration)
@@ -1073,6 +1069,7 @@ class _Request(urllib.request.Request):
 class _Response(http.client.HTTPResponse):
     """An answer whose body is read as it arrives, whatever frames it (RFC 9112, section 6.3)."""
 
+    fp = None  # type: ignore[assignment]  # or a Ctrl-C in the constructor leaves what cannot be closed
     connection: Optional[_Connection] = None
     left = 0  # bytes still to come of the current chunk
     rest = b""  # what came of the next chunk's size, or after the last chunk
@@ -1268,13 +1265,13 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         response.connection = connection
         return response
 
-    def give_back(self, response: _Response) -> None:
+    def give_back(self, request: _Request, response: _Response) -> None:
         """Keep the connection of an answer that was read to its end."""
         connection = response.connection
         whole = not response.ended or (response.rest or response.fp.readline(4096)) == b"\r\n"  # no trailers
-        if connection and connection.sock and connection.origin.keep and whole and response.status >= 200 \
-                and len(self.idle) < _KEEP_CONNECTIONS:
-            response.connection = connection.origin.line.socket = None  # the next to use it is somebody else
+        usable = connection and connection.sock and whole and response.status >= 200
+        if connection and usable and request.keep and len(self.idle) < _KEEP_CONNECTIONS:
+            response.connection = request.line.socket = None  # the next to use it is somebody else
             response.close()
             connection.idle_since = time.time()
             self.idle.append(connection)
@@ -1322,6 +1319,18 @@ def _clean_url(url: str, name: str = "a file's URL") -> str:
     return urllib.parse.urlunsplit((parts.scheme, place.rstrip(":"), path, query, ""))
 
 
+class _Answer(NamedTuple):
+    """What the platform said: a JSON value (None for an empty body), its text, and who said it."""
+
+    value: Any
+    text: bytes
+    place: str
+
+    def unexpected(self, wanted: str) -> ModuleException:
+        got = f"{self.place} answered with {type(self.value).__name__}"
+        return ModuleException(500, f"{got} where {wanted} was due", self.value)
+
+
 class _Transport:
     """What a configuration keeps open: one opener, and in its handler the idle connections."""
 
@@ -1357,7 +1366,7 @@ class _Transport:
     def call(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] = {},
         line: Optional[_Line] = None,
-    ) -> Any:
+    ) -> _Answer:
         """The JSON that answers a request, after further tries where those are safe."""
         failures = 0
         while True:
@@ -1370,7 +1379,7 @@ class _Transport:
                 return self._once(request)
             except ModuleException as error:
                 if method == "DELETE" and error.status_code == 404 and (failures or request.again):
-                    return None  # the first try did it, and its answer was lost
+                    return _Answer(None, b"", request.place)  # the first try did it, its answer was lost
                 pause = self.pause(error, _may_repeat(method, error), failures, request.line)
             _wait(pause, request.line)  # here, so that a Ctrl-C is one plain traceback
             failures += 1
@@ -1383,15 +1392,15 @@ class _Transport:
             raise error
         return seconds
 
-    def _once(self, request: _Request) -> Any:
+    def _once(self, request: _Request) -> _Answer:
         with self.open(request, self.timeout) as response:
             body = bytearray()
             try:
                 response.read_all(body)
-                self._handler.give_back(response)
+                self._handler.give_back(request, response)
             except _FAILURES as error:
                 raise self._no_answer(request.place, error) from error
-        return self.judge(response, body, request.place)
+        return _Answer(self.judge(response, body, request.place), bytes(body), request.place)
 
     def judge(self, response: _Response, body: bytearray, place: str) -> Any:
         """The JSON value of an answer (None for an empty one), or a ModuleException."""
@@ -1585,7 +1594,8 @@ class TaskUpdateEvent(_Record):
         task_id, record = data.get("task_id") or required.get("id"), _EVENT_RECORDS.get(kind)
         if record and isinstance(body, dict):
             if record is Task:
-                body = Task._of({**required, "id": task_id, **body}, configuration)
+                body = {**required, "id": task_id, **body}
+                body = Task._of(body, json.dumps(body), configuration)
             elif isinstance(body.get("request_id"), str) and isinstance(body.get("operation_id"), str):
                 body = record.from_dict(body)
         extra = {} if data.keys() <= _ENVELOPE else {k: v for k, v in data.items() if k not in _ENVELOPE}
@@ -1623,7 +1633,7 @@ class _Stream:
         """The events, as many at a time as came together, until the task is over."""
         task, idle = self.task, self.configuration.idle_timeout
         self.task_id, self.url = task.id, self.configuration._events_url(task)
-        self.required = {name: _plain(getattr(task, name)) for name in _REQUIRED}
+        self.required = _plain({name: getattr(task, name) for name in _REQUIRED})
         self.idle_timeout = min(idle, _FINAL_SILENCE) if task.is_finished else idle
         while True:
             response = self._connect()
@@ -1635,7 +1645,7 @@ class _Stream:
             # An end proves nothing, however clean it looks: the status does.
             task = Task._fetch(self.task_id, self.configuration, self.line)
             if task.is_finished:
-                yield [self._last(json.loads(task._told))]
+                yield [self._last(task)]
                 return
             if response:
                 if response.status == 204:
@@ -1724,12 +1734,13 @@ class _Stream:
         _warn("skipped what is not an event: %d characters that are no envelope", len(data))
         return None
 
-    def _last(self, told: Dict[str, Any]) -> TaskUpdateEvent:
-        """The last event, made from the task as the server told it, where the stream did not bring it."""
-        ended = told.get("finished_at") or told.get("updated_at") or _plain(datetime.now(timezone.utc))
-        ids = {"task_id": self.task_id, "organization_id": told.get("organization_id")}
-        envelope = {"type": "task_finished", **ids, "time": ended, "data": told}
-        return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
+    def _last(self, task: Task) -> TaskUpdateEvent:
+        """The last event, made from the task, where the stream did not bring it."""
+        kind, organization_id = TaskUpdateEventType.TaskFinished, task.organization_id
+        ended = task.finished_at or task.updated_at or datetime.now(timezone.utc)
+        event = TaskUpdateEvent(kind, self.task_id, organization_id, ended, task)
+        event.raw = event.to_dict()
+        return event
 
     def relay(self, loop: Any, queue: Any, room: threading.Semaphore) -> None:
         """Put the batches into an event loop's queue, from a thread; None or an error is the last word."""
