@@ -503,7 +503,7 @@ class Configuration:
             raise ValueError("api_key must be printable ASCII: look for stray characters around it")
         staging = "stg." if os.environ.get("IS_STG", "").strip().lower() == "true" else ""
         root = _setting(base_url, "XPANDER_BASE_URL") or f"https://inbound.{staging}xpander.ai"
-        root = root.partition("?")[0] if "://" in root else f"https://{root}"
+        root = (root if "://" in root else f"https://{root}").partition("?")[0]
         hosts = [trusted_file_hosts] if isinstance(trusted_file_hosts, str) else trusted_file_hosts
         self.__dict__.update(  # frozen: setting an attribute would raise
             api_key=api_key, organization_id=_setting(organization_id, "XPANDER_ORGANIZATION_ID"),
@@ -1069,7 +1069,7 @@ class _Request(urllib.request.Request):
 class _Response(http.client.HTTPResponse):
     """An answer whose body is read as it arrives, whatever frames it (RFC 9112, section 6.3)."""
 
-    fp = None  # type: ignore[assignment]  # or a Ctrl-C in the constructor leaves what cannot be closed
+    fp: Any = None  # or a Ctrl-C in the constructor leaves what cannot be closed
     connection: Optional[_Connection] = None
     left = 0  # bytes still to come of the current chunk
     rest = b""  # what came of the next chunk's size, or after the last chunk
@@ -1079,7 +1079,7 @@ class _Response(http.client.HTTPResponse):
         """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off."""
         if self.chunked and self.length is None:  # a 204 has the length 0, whatever it says of chunks
             return self._read_chunks()
-        part = self.fp.read1(65536 if self.length is None else min(self.length, 65536))
+        part: bytes = self.fp.read1(65536 if self.length is None else min(self.length, 65536))
         if self.length:
             self.length -= len(part)
             if not part:
@@ -1634,7 +1634,8 @@ class _Stream:
         task, idle = self.task, self.configuration.idle_timeout
         self.task_id, self.url = task.id, self.configuration._events_url(task)
         self.required = _plain({name: getattr(task, name) for name in _REQUIRED})
-        self.idle_timeout = min(idle, _FINAL_SILENCE) if task.is_finished else idle
+        self.was_final = task.is_finished
+        self.idle_timeout = min(idle, _FINAL_SILENCE) if self.was_final else idle
         while True:
             response = self._connect()
             if response:
@@ -1695,7 +1696,7 @@ class _Stream:
             raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.replayed = set(self.seen)
-        chunk = b"-"
+        chunk, spoke = b"-", time.monotonic()
         while chunk and not self.finished:
             batch: List[TaskUpdateEvent] = []
             try:
@@ -1708,6 +1709,9 @@ class _Stream:
                 yield batch
                 raise ModuleException(500, f"The stream sent {error}") from error
             yield batch
+            spoke = time.monotonic() if batch else spoke
+            if self.was_final and time.monotonic() - spoke > _FINAL_SILENCE:
+                return  # nothing but comments
 
     def _take(self, data: str, batch: List[TaskUpdateEvent]) -> None:
         """Add the event that the data holds, unless it was seen on an earlier connection."""
