@@ -1231,13 +1231,15 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
     def _kept(self, request: _Request) -> Optional[_Connection]:
         """An idle connection that serves the request; those that cannot be used any more are closed."""
-        for connection in self.idle[::-1]:
-            if request.keep and connection.origin.route == request.route:
-                with contextlib.suppress(ValueError):  # another thread was faster
+        for connection in self.idle[::-1] if request.keep else ():
+            if connection.origin.route == request.route:
+                try:
                     self.idle.remove(connection)
-                    if connection.is_usable():
-                        return connection
-                    connection.close()
+                except ValueError:  # another thread was faster
+                    continue
+                if connection.is_usable():
+                    return connection
+                connection.close()
         return None
 
     def _send(self, connection: _Connection, request: _Request) -> _Response:
@@ -1785,7 +1787,7 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
                 break
             for event in batch:
                 yield event
-        if batch:
+        if batch is not None:
             raise batch
     finally:
         for exponent in range(8):  # some 0.1 s: a thread inside a name look-up ends with it
@@ -1872,7 +1874,7 @@ def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Got]:
         for thread in threads:
             thread.join(max(0.0, ends - time.monotonic()))
     finally:
-        work.queue.clear()
+        work.todo = enumerate(())
         for line in lines:
             line.hang_up()
     for thread in threads:
@@ -1884,23 +1886,25 @@ class _FileWork:
     """What the threads of one call share."""
 
     def __init__(self, configuration: Configuration, urls: List[str]) -> None:
-        self.transport, self.queue = configuration._transport, deque(enumerate(urls))
+        self.transport, self.lock = configuration._transport, threading.Lock()
+        self.todo, self.held = enumerate(urls), 0  # the bytes of all files
         self.results: List[_Got] = [TimeoutError("not fetched in time") for _ in urls]
-        self.held, self.lock = 0, threading.Lock()  # bytes of all files
 
     def run(self, line: _Line) -> None:
-        while self.queue:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                number, url = self.queue.popleft()
-                content = bytearray()
-                try:
-                    self.results[number] = self.fetch(url, line, content)
-                except (ModuleException, *_FAILURES) as error:
-                    self.grow(content, -len(content))
-                    refusal = error.__cause__ or error
-                    self.results[number] = refusal if isinstance(refusal, _Refused) else error
-                    if isinstance(refusal, _Refused):
-                        _warn("a file was left out: %s", refusal)
+        while True:
+            with self.lock:
+                number, url = next(self.todo, (-1, ""))
+            if number < 0:
+                return
+            content = bytearray()
+            try:
+                self.results[number] = self.fetch(url, line, content)
+            except (ModuleException, *_FAILURES) as error:
+                self.grow(content, -len(content))
+                refusal = error.__cause__ or error
+                self.results[number] = refusal if isinstance(refusal, _Refused) else error
+                if isinstance(refusal, _Refused):
+                    _warn("a file was left out: %s", refusal)
 
     def fetch(self, url: str, line: _Line, content: bytearray) -> Tuple[bytes, Optional[str]]:
         request = _Request("GET", _clean_url(url), {"Accept": "*/*"}, line)
