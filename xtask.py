@@ -1949,38 +1949,28 @@ def _agno_pdf(configuration: Configuration, file_class: Any, url: str, got: _Got
     return file_class(content=got[0], filename=name, mime_type="application/pdf")
 
 
-# ===========================================================================
-# cut here: all above is the library, all below the local platform and the terminal program
-# ===========================================================================
-
+# cut here: all above is the library, all below the local platform and the terminal program ==================
 
 __all__ += ["LocalPlatform", "main"]
 
-# ---------------------------------------------------------------------------
-# Local platform
-# ---------------------------------------------------------------------------
+# ---- Local platform ----------------------------------------------------------------------------------------
 
-_LocalAgent = Callable[[Dict[str, Any]], Generator[Tuple[str, Any], None, Any]]
-
-
-def _local_time() -> str:
-    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+_STOPPED = {"status": "stopped", "is_manually_stopped": True}
+_Play = Generator[Tuple[str, Any], None, Any]  # what an agent yields, and returns as the result
 
 
-def _local_agent(task: Dict[str, Any]) -> Generator[Tuple[str, Any], None, str]:
+def _local_agent(task: Dict[str, Any]) -> _Play:
     """The built-in agent: thinks, calls a tool and answers in chunks, in about a second."""
     about = str(task["input"]["text"])[:60]
     thought = {"title": "Plan", "confidence": 0.9, "thought": "One search will do.", "action": "Search"}
     call = {"request_id": "r2", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
     answer = f"A played answer to: {about}\nIt found three hits, and nothing left this machine."
-    events: List[Tuple[str, Any]] = [
-        ("think", {"request_id": "r1", "operation_id": "think", "payload": {"input": thought}}),
-        ("tool_call_request", call),
-        ("tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}),
-    ]
-    for event in events + [("chunk", answer[start : start + 12]) for start in range(0, len(answer), 12)]:
-        yield event
-        time.sleep(0.08)
+    yield "think", {"request_id": "r1", "operation_id": "think", "payload": {"input": thought}}
+    yield "tool_call_request", call
+    yield "tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}
+    for word in re.findall(r"\s*\S+", answer):
+        time.sleep(0.05)
+        yield "chunk", word
     return answer
 
 
@@ -1995,17 +1985,10 @@ def _within(value: Any, *names: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _local_entry(kind: str, data: Any) -> Dict[str, Any]:
-    """The entry that an agent's event leaves in the activity log; an empty one where it leaves none."""
-    if kind in ("think", "analyze"):
-        return {"type": kind, **_within(data, "payload", "input")}
-    return _within(data) if kind in ("tool_call_result", "sub_agent_trigger", "auth_event") else {}
-
-
 class _LocalRun:
     """One run of a task: its events as they go over the wire, its log, and its agent's play."""
 
-    def __init__(self, task: Dict[str, Any], lock: Any, messages: List[Dict[str, Any]]) -> None:
+    def __init__(self, task: Dict[str, Any], messages: List[Dict[str, Any]], lock: Any) -> None:
         self.task, self.messages, self.over = task, messages, False
         self.events: List[bytes] = []
         self.changed = threading.Condition(lock)  # one a run, so that an event wakes its own readers only
@@ -2020,7 +2003,10 @@ class _LocalRun:
                 now, ids = _local_time(), {"task_id": self.task["id"], "organization_id": "local-org"}
                 text = json.dumps({"type": kind, **ids, "time": now, "data": data})
                 self.events.append(f"id: {len(self.events) + 1}\ndata: {text}\n\n".encode())
-                entry = entry or _local_entry(kind, data)
+                if kind in ("think", "analyze"):
+                    entry = {"type": kind, **_within(data, "payload", "input")}
+                elif kind in ("tool_call_result", "sub_agent_trigger", "auth_event"):
+                    entry = _within(data)
                 if entry:
                     self.messages.append({**entry, "id": f"a{len(self.messages) + 1}", "created_at": now})
                 self.changed.notify_all()
@@ -2043,10 +2029,9 @@ class _LocalRun:
         with self.changed:
             return self.task if self.over else self.change(changes)
 
-    def play(self, agent: _LocalAgent) -> None:
+    def play(self, agent: Callable[[Dict[str, Any]], _Play]) -> None:
         """Run the agent to its end, or to its first event after the end of the run."""
-        self.advance(status="executing", started_at=_local_time())
-        self.emit("task_updated", self.task)
+        self.emit("task_updated", self.advance(status="executing", started_at=_local_time()))
         try:
             events = agent(self.task)
             while self.emit(*next(events)):
@@ -2072,6 +2057,10 @@ class _LocalRun:
             seen += len(fresh)
 
 
+def _local_time() -> str:
+    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+
+
 class LocalPlatform:
     """The platform on a free port of 127.0.0.1, in this process: for trying things out and for tests.
 
@@ -2081,7 +2070,7 @@ class LocalPlatform:
     the result, text or JSON; if it raises, the task has failed, with the error as its result.
     """
 
-    def __init__(self, agent: Optional[_LocalAgent] = None) -> None:
+    def __init__(self, agent: Optional[Callable[[Dict[str, Any]], _Play]] = None) -> None:
         self.tasks: Dict[str, Dict[str, Any]] = {}
         self.requests: List[Tuple[str, str, Dict[str, str], Any]] = []
         self._agent, self._lock = agent or _local_agent, threading.RLock()
@@ -2090,7 +2079,31 @@ class LocalPlatform:
         self._open: Set[socket.socket] = set()  # connections, which clients keep
 
     def __enter__(self) -> LocalPlatform:
-        self._server = _local_server(self)
+        from http.server import BaseHTTPRequestHandler
+        from socketserver import ThreadingTCPServer  # HTTPServer asks the name service for the host's name
+
+        platform = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+            wbufsize = -1  # a head and its body in one packet
+
+            def do_GET(self) -> None:
+                platform._serve(self)
+
+            do_POST = do_PATCH = do_DELETE = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        def handle(connection: socket.socket, *rest: Any) -> None:
+            self._open.add(connection)
+            with contextlib.suppress(OSError):  # a client that left is no error
+                Handler(connection, *rest)
+            self._open.discard(connection)
+
+        self._server = ThreadingTCPServer(("127.0.0.1", 0), handle)  # type: ignore[arg-type]
+        self._server.socket.listen(512)
         self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
         self.configuration = Configuration("local-key", "local-org", self.url)
         # A proxy in the environment must not come between; __dict__, because it is frozen.
@@ -2102,13 +2115,13 @@ class LocalPlatform:
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
-        self._server.server_close()
         with self._lock:
             for run in self._runs.values():
                 run.advance(status="stopped")
         for connection in list(self._open):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
+        self._server.server_close()
         for thread in self._threads:
             thread.join(0.5)  # not for ever: an agent may be stuck
         self.configuration.close()
@@ -2119,22 +2132,31 @@ class LocalPlatform:
             thread.start()
             self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
 
-    def _answer(self, method: str, path: str, headers: Dict[str, str], body: Any) -> Tuple[int, str, Any]:
-        """The answer to a request: its status, content type, and pieces as an iterable of bytes."""
+    def _serve(self, handler: Any) -> None:
+        """Answer one request, with JSON or a stream."""
+        body = json.loads(handler.rfile.read(int(handler.headers.get("Content-Length") or 0)) or b"null")
+        headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
-            self.requests.append((method, path, headers, body))
+            self.requests.append((handler.command, handler.path, headers, body))
             try:
-                answer, status = self._route(method, path, headers, body or {}), 200
+                status, answer = 200, self._answer(f"{handler.command} {handler.path}", headers, body or {})
             except ModuleException as error:
-                answer, status = {"detail": error.description}, error.status_code
-            if isinstance(answer, Iterator):
-                return status, "text/event-stream", answer
-            return status, "application/json", [json.dumps(answer).encode()]
+                status, answer = error.status_code, {"detail": error.description}
+            streamed = isinstance(answer, Iterator)
+            text = b"" if streamed else json.dumps(answer).encode()  # now, under the lock
+        handler.send_response(status)
+        handler.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
+        # a stream ends with its connection
+        handler.send_header(*(("Connection", "close") if streamed else ("Content-Length", str(len(text)))))
+        handler.end_headers()
+        for piece in answer if streamed else (text,):
+            handler.wfile.write(piece)
+            handler.wfile.flush()
 
-    def _route(self, method: str, path: str, headers: Dict[str, str], body: Dict[str, Any]) -> Any:
+    def _answer(self, request: str, headers: Dict[str, str], body: Dict[str, Any]) -> Any:
         if headers.get("x-api-key") != "local-key":
             raise ModuleException(401, "Invalid API key")
-        place, _, query = path.partition("?")
+        place, _, query = request.partition("?")
         last_id = headers.get("last-event-id", "")
         seen = int(last_id) if last_id.isdecimal() else 0
         routes: Dict[str, Callable[[str], Any]] = {
@@ -2142,18 +2164,15 @@ class LocalPlatform:
             "GET /agent-execution/executions/history/([^/]+)": lambda agent_id: self._list(agent_id, query),
             "GET /agent-execution/([^/]+)/status": lambda task_id: self._run(task_id).task,
             "PATCH /agent-execution/([^/]+)/update": lambda task_id: self._run(task_id).change(body),
-            "DELETE /agent-execution/([^/]+)": lambda task_id: self._stop(task_id),
+            "DELETE /agent-execution/([^/]+)": lambda task_id: self._run(task_id).advance(**_STOPPED),
             "GET /activity/[^/]+/([^/]+)": lambda task_id: self._run(task_id).log(),
             "GET /[^/]+/agent-execution/([^/]+)/events": lambda task_id: self._run(task_id).stream(seen),
         }
         for pattern, answer in routes.items():
-            found = re.fullmatch(pattern, f"{method} {place}")
+            found = re.fullmatch(pattern, place)
             if found:
                 return answer(urllib.parse.unquote(found[1]))
         raise ModuleException(404, "Not Found")
-
-    def _stop(self, task_id: str) -> Dict[str, Any]:
-        return self._run(task_id).advance(status="stopped", is_manually_stopped=True)
 
     def _run(self, task_id: str) -> _LocalRun:
         if task_id not in self._runs:
@@ -2169,86 +2188,24 @@ class LocalPlatform:
         task.update(input=asked, status="pending", created_at=now, updated_at=now)
         task["parent_execution"] = task.pop("parent_execution_id", None)
         earlier = self._runs.get(task["id"])  # an id continues a task
-        run = _LocalRun(task, self._lock, earlier.messages if earlier else [])
+        run = _LocalRun(task, earlier.messages if earlier else [], self._lock)
         self._runs[task["id"]], self.tasks[task["id"]] = run, task
         self._start(run.play, self._agent)
         return task
 
     def _list(self, agent_id: str, query: str) -> List[Dict[str, Any]]:
-        names = [item.name for item in dataclasses.fields(TasksListItem) if item.name != "extra"]
         wanted, found = {"agent_id": agent_id, **dict(urllib.parse.parse_qsl(query))}, []
         for task in self.tasks.values():
             user_id = _within(task, "input", "user").get("id")
             found.append({**task, "parent_task_id": task["parent_execution"], "user_id": user_id})
+        names = [item.name for item in dataclasses.fields(TasksListItem) if item.name != "extra"]
         return [{name: item.get(name) for name in names} for item in found if wanted.items() <= item.items()]
 
 
-def _local_handler(platform: LocalPlatform) -> Any:
-    """The class that carries a connection's requests to the platform, and its answers back."""
-    from http.server import BaseHTTPRequestHandler
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-        wbufsize = -1  # a head and its body in one packet
-
-        def setup(self) -> None:
-            super().setup()
-            platform._open.add(self.connection)
-
-        def finish(self) -> None:
-            with contextlib.suppress(OSError):
-                super().finish()
-            platform._open.discard(self.connection)
-
-        def answer(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"null")
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            status, kind, pieces = platform._answer(self.command, self.path, headers, body)
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            if isinstance(pieces, list):
-                self.send_header("Content-Length", str(len(pieces[0])))
-            else:
-                self.send_header("Connection", "close")  # which tells where a stream ends
-            self.end_headers()
-            for piece in pieces:
-                self.wfile.write(piece)
-                self.wfile.flush()
-
-        do_GET = do_POST = do_PATCH = do_DELETE = answer
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    return Handler
-
-
-def _local_server(platform: LocalPlatform) -> Any:
-    """A server on a free port of 127.0.0.1 that asks the platform, with a thread for each connection."""
-    from socketserver import ThreadingTCPServer  # HTTPServer asks the name service for the host's name
-
-    class Server(ThreadingTCPServer):
-        request_queue_size = 512
-
-        def process_request(self, *connection: Any) -> None:
-            platform._start(self.process_request_thread, *connection)
-
-        def handle_error(self, *connection: Any) -> None:
-            if not isinstance(sys.exc_info()[1], OSError):  # a client that left is no error
-                super().handle_error(*connection)
-
-    return Server(("127.0.0.1", 0), _local_handler(platform))
-
-
-# ---------------------------------------------------------------------------
-# Terminal
-# ---------------------------------------------------------------------------
+# ---- Terminal ----------------------------------------------------------------------------------------------
 
 _HELP = """\
 usage: xtask COMMAND ... [--json]          (or: python3 xtask.py COMMAND ...)
-
-Follow the tasks of agents on the xpander.ai platform.
 
   xtask demo                              a run here: no account, no network
   xtask run AGENT_ID "Sum up" --file URL  create a task and watch it
@@ -2257,33 +2214,31 @@ Follow the tasks of agents on the xpander.ai platform.
   xtask log TASK_ID                       what it did: its activity log
   xtask stop TASK_ID                      stop it
   xtask list AGENT_ID                     the tasks of an agent
+  xtask --version                         its version, and this file's SHA-256
 
---json     for programs: one JSON object, or one a line for run, watch, demo and
-           list, as the platform sent it, with the secrets that are in it
---version  the version, and the SHA-256 of this file
-
+--json is for programs: one JSON object, or one a line for run, watch, demo and
+list, as the platform sent it, with the secrets that are in it.
 Settings: XPANDER_API_KEY, XPANDER_ORGANIZATION_ID, XPANDER_BASE_URL.
 Exit codes: 0 done, 1 the task ended otherwise or a call failed, 2 wrong usage
 or no key, 130 Ctrl-C."""
 _WORDS = {"demo": 0, "run": 2, "watch": 1, "show": 1, "log": 1, "stop": 1, "list": 1}
-# Events and entries of the log: a label, what the task does after it, where its facts are, and which.
-_TOLD: Dict[str, Tuple[str, str, Tuple[str, ...], Tuple[str, ...]]] = {
-    "task_created": ("created", "waiting to start", (), ("title",)),
-    "task_updated": ("updated", "working", (), ("status", "internal_status", "title")),
-    "task_finished": ("finished", "working", (), ("id", "status", "title")),
-    "tool_call_request": ("call", "calling a tool", (), ("tool_name", "payload")),
-    "tool_call_result": ("result", "working", (), ("tool_name", "result")),
-    "think": ("think", "thinking", ("payload", "input"), ("title", "thought", "action")),
-    "analyze": ("analyze", "thinking", ("payload", "input"), ("title", "analysis", "result")),
-    "sub_agent_trigger": ("sub-agent", "waiting for a sub-agent", (), ("agent_id", "query")),
-    "auth_event": ("login", "waiting for a login", ("data",), ("type", "server_name", "message")),
-    "user": ("user", "", ("content",), ("text", "files")),
-    "agent": ("agent", "", ("content",), ()),
+# Events and entries of the log: a label, what the task does after it, and the facts to tell.
+_TOLD: Dict[Any, Tuple[str, str, Tuple[str, ...]]] = {
+    "task_created": ("created", "waiting to start", ("title",)),
+    "task_updated": ("updated", "working", ("status", "internal_status", "title")),
+    "task_finished": ("finished", "working", ("id", "status", "title")),
+    "tool_call_request": ("call", "calling a tool", ("tool_name", "payload")),
+    "tool_call_result": ("result", "working", ("tool_name", "result")),
+    "think": ("think", "thinking", ("title", "thought", "action")),
+    "analyze": ("analyze", "thinking", ("title", "analysis", "result")),
+    "sub_agent_trigger": ("sub-agent", "waiting for a sub-agent", ("agent_id", "query")),
+    "auth_event": ("login", "waiting for a login", ("type", "server_name", "message")),
+    "user": ("user", "", ("text", "files")),
+    "agent": ("agent", "", ()),
 }
-_ENTRIES: Dict[type, str] = {  # told as the event that left them in the log
-    AgentActivityThreadToolCall: "tool_call_result",
+_KINDS: Dict[type, str] = {  # entries that are told as the event that left them in the log
+    AgentActivityThreadToolCall: "tool_call_result", AgentActivityThreadAuth: "auth_event",
     AgentActivityThreadSubAgentTrigger: "sub_agent_trigger",
-    AgentActivityThreadAuth: "auth_event",
 }
 
 
@@ -2292,11 +2247,12 @@ def _cut(text: str) -> str:
     import shutil
     import unicodedata
 
-    width = max(20, shutil.get_terminal_size().columns - 1)  # a full row makes some terminals wrap
-    fitting = text[:width]
-    while len(fitting) + sum(unicodedata.east_asian_width(sign) in "WF" for sign in fitting) > width:
-        fitting = fitting[:-1]
-    return text if fitting == text else fitting[:-3] + "..."
+    room = max(20, shutil.get_terminal_size().columns - 1)  # a full row makes some terminals wrap
+    for at, sign in enumerate(text):
+        room -= 2 if unicodedata.east_asian_width(sign) in "WF" else 1
+        if room < 0:
+            return text[: at - 3] + "..."
+    return text
 
 
 def _printable(text: str) -> str:
@@ -2325,12 +2281,40 @@ def _span(task: Task, end: Any) -> str:
     return "%d:%02d" % divmod(max(0, (end - start).total_seconds()), 60) if known else "-:--"
 
 
-class _Screen:
-    """Standard output for people: lines, the answer's text, on a terminal a live line below them."""
+def _tell(when: Any, kind: str, data: Any) -> str:
+    """A row for an event or an entry of the log; an answer and the URL of a login follow it uncut."""
+    label, _, names = _TOLD.get(kind, (_one_line(kind), "", ()))
+    inner = _within(data, "payload", "input") or _within(data, "data") or _within(data, "content")
+    known = {**inner, **_within(data)}
+    facts = [known.get(name) for name in names] if known and kind in _TOLD else [data]
+    told = ": ".join(_one_line(fact) for fact in facts if fact not in (None, "", [], {}))
+    label = "failed" if known.get("is_error") is True else label
+    uncut = known.get({"agent": "text", "auth_event": "url"}.get(kind, ""))
+    return _cut(f"{_clock(when)}  {label:<10} {told}".rstrip()) + (f"\n{_text(uncut)}\n" if uncut else "\n")
 
-    def __init__(self, task: Optional[Task] = None) -> None:
-        self.task, self.doing = task, "waiting"
-        self.live = bool(task and sys.stdout and sys.stdout.isatty())
+
+def _lines(told: Union[Task, TasksListItem, AgentActivityThread]) -> Iterator[str]:
+    """A log, an item of a list on one line, or a task and, uncut, its result."""
+    if isinstance(told, AgentActivityThread):
+        for entry in told.messages if isinstance(told.messages, list) else []:
+            kind = _KINDS.get(type(entry)) or getattr(entry, "role", None) or getattr(entry, "type", "other")
+            yield _tell(getattr(entry, "created_at", None), str(kind), _plain(entry))
+    elif isinstance(told, TasksListItem):
+        facts = _clock(told.created_at, "%Y-%m-%d %H:%M"), told.status or "", told.id, told.title or ""
+        yield _cut("{:<16}  {:<10}  {}  {}".format(*map(_one_line, facts)).rstrip()) + "\n"
+    else:
+        for name, value in _mask(told.to_dict()).items():
+            if name != "result" and value not in (None, False, "", [], {}):
+                yield _cut(f"{_one_line(name):<22} {_one_line(value)}") + "\n"
+        yield "" if told.result is None else _text(told.result) + "\n"
+
+
+class _Screen:
+    """Standard output: JSON for programs; for people text, and on a terminal a live line below it."""
+
+    def __init__(self, as_json: bool, task: Optional[Task] = None) -> None:
+        self.as_json, self.task, self.doing = as_json, task, "waiting"
+        self.live = bool(task and not as_json and sys.stdout and sys.stdout.isatty())
         self.drawn, self.in_line = "", False
         self.lock, self.left = threading.Lock(), threading.Event()
         self.ticker = threading.Thread(target=self.tick, daemon=True)
@@ -2351,115 +2335,71 @@ class _Screen:
                 self.write("")
 
     def write(self, text: str) -> None:
-        """Text as it is. The live line moves down, and is away while the text stands within a line."""
+        """Text for people. The live line moves down, and is away while the text stands within a line."""
         with self.lock:
             self.in_line = not text.endswith("\n") if text else self.in_line
-            wipe = "\r" + " " * len(self.drawn) + "\r" if self.drawn else ""
-            self.drawn = ""
+            wipe, self.drawn = "\r" + " " * len(self.drawn) + "\r" if self.drawn else "", ""
             if self.task and self.live and not self.in_line:
                 self.drawn = _cut(f"{_span(self.task, datetime.now(timezone.utc))}  {self.doing}")
-            print(wipe + _printable(text) + self.drawn, end="", flush=True)
+            if not self.as_json:
+                print(wipe + _printable(text) + self.drawn, end="", flush=True)
 
-    def row(self, when: Any, label: str, told: str) -> None:
-        self.write("\n" * self.in_line + _cut(f"{_clock(when)}  {label:<10} {told}".rstrip()) + "\n")
-
-    def whole(self, value: Any) -> None:
-        if value is not None:
-            self.write(_text(value) + "\n")
-
-    def tell(self, when: Any, kind: str, data: Any) -> None:
-        """A row for an event or an entry of the log; the answer and a login's URL follow it uncut."""
-        label, self.doing, place, names = _TOLD.get(kind, (_one_line(kind), "working", (), ()))
-        known = {**_within(data), **_within(data, *place)}
-        facts = [known.get(name) for name in names] if known and kind in _TOLD else [data]
-        told = ": ".join(_one_line(fact) for fact in facts if fact not in (None, "", [], {}))
-        self.row(when, "failed" if known.get("is_error") is True else label, told)
-        if kind == "agent":
-            self.whole(known.get("text"))
-        elif kind == "auth_event" and known.get("type") == "login_required":
-            self.whole(known.get("url"))
-
-    def show(self, event: TaskUpdateEvent, own: bool) -> None:
-        data = event.raw.get("data")
-        if event.type == "chunk" and own and isinstance(data, str):
+    def show(self, told: Union[Task, TasksListItem, AgentActivityThread, TaskUpdateEvent]) -> None:
+        if self.as_json:  # ASCII alone, so that it can be encoded and steers no terminal
+            print(json.dumps(told.raw if isinstance(told, TaskUpdateEvent) else told.to_dict()), flush=True)
+        elif not isinstance(told, TaskUpdateEvent):
+            self.write("".join(_lines(told)))
+        elif self.task and told.task_id == self.task.id and told.type in ("chunk", "task_finished"):
             self.doing = "answering"
-            self.write(data)
-        elif event.type != "connected" and not (event.type == "task_finished" and own):
-            self.tell(event.time, event.type, data)
+            self.write(_text(told.raw["data"]) if told.type == "chunk" else "")
+        elif told.type != "connected":
+            self.doing = _TOLD.get(told.type, ("", "working"))[1]
+            self.write("\n" * self.in_line + _tell(told.time, told.type, told.raw.get("data")))
 
 
-def _put(value: Any) -> None:
-    """JSON for programs; ASCII alone, so that it can be encoded and steers no terminal."""
-    print(json.dumps(value), flush=True)
-
-
-def _complain(error: object, code: int) -> int:
-    with contextlib.suppress(OSError):  # nobody is there to read it
-        print("xtask:", _one_line(str(error) or repr(error)), file=sys.stderr, flush=True)
-    return code
-
-
-def _follow(task: Task, as_json: bool) -> int:
+def _follow(task: Task, as_json: bool) -> None:
     """Show a task's events to its end, which alone is shown of a task without a stream."""
-    with _Screen(None if as_json else task) as screen:
-        if not as_json:
-            screen.write(f"{_clock(task.created_at)}  task       {task.id}\n")  # whole: to watch it again
+    with _Screen(as_json, task) as screen:
+        screen.write(f"{_clock(task.created_at)}  task       {task.id}\n")  # whole: to watch it again
         for event in task.events() if task.events_streaming else ():
-            if as_json:
-                _put(event.raw)
-            else:
-                screen.show(event, event.task_id == task.id)
+            screen.show(event)
         # the last event may hold a trimmed task, and a server may tell the status a little later
         task.wait_finished(10 if task.events_streaming else None)
-    if not as_json:
-        screen.row(task.finished_at, _one_line(task.status), "after " + _span(task, task.finished_at))
-        screen.whole("")
-        screen.whole(task.result)
-    elif not task.events_streaming:
-        _put({"type": "task_finished", "task_id": task.id, "data": task.to_dict()})
-    return 0 if task.status == "completed" else _complain(f"the task ended as {task.status}", 1)
+        if not task.events_streaming:
+            end = {"type": "task_finished", "task_id": task.id, "data": task.to_dict()}
+            screen.show(TaskUpdateEvent.from_dict(end))
+    screen.write(_tell(task.finished_at, str(task.status), "after " + _span(task, task.finished_at)) + "\n")
+    screen.write("" if task.result is None else _text(task.result) + "\n")
+    if task.status != "completed":
+        raise RuntimeError(f"the task ended as {task.status}")
 
 
-def _show(told: Union[Task, TasksListItem, AgentActivityThread], as_json: bool) -> None:
-    """What a command found: a log, an item of a list on one line, or a task and its result."""
-    screen = _Screen()
-    if as_json:
-        _put(told.to_dict())
-    elif isinstance(told, AgentActivityThread):
-        for entry in told.messages if isinstance(told.messages, list) else []:
-            kind = _ENTRIES.get(type(entry)) or getattr(entry, "role", None) or getattr(entry, "type", "")
-            screen.tell(getattr(entry, "created_at", None), str(kind or "other"), _plain(entry))
-    elif isinstance(told, TasksListItem):
-        facts = _clock(told.created_at, "%Y-%m-%d %H:%M"), told.status or "", told.id, told.title or ""
-        screen.whole(_cut("{:<16}  {:<10}  {}  {}".format(*map(_one_line, facts)).rstrip()))
+def _obey(command: str, words: List[str], files: List[str], as_json: bool) -> None:
+    screen = _Screen(as_json)
+    if command == "demo":
+        with LocalPlatform() as platform:
+            prompt, configuration = "What can this file do?", platform.configuration
+            task = Task.create("demo-agent", prompt, configuration=configuration, events_streaming=True)
+            _follow(task, as_json)
+            screen.write("\nActivity log\n")
+            screen.write("".join(_lines(task.get_activity_log())))  # which --json does without
+    elif command == "list":
+        for item in Task.list(words[0]):
+            screen.show(item)
+    elif command == "run":
+        _follow(Task.create(words[0], words[1], files, events_streaming=True), as_json)
+    elif command == "watch":
+        _follow(Task.load(words[0]), as_json)
     else:
-        for name, value in _mask(told.to_dict()).items():
-            if name != "result" and value not in (None, False, "", [], {}):
-                screen.whole(_cut(f"{_one_line(name):<22} {_one_line(value)}"))
-        screen.whole(told.result)
+        task = Task.load(words[0])
+        if command == "stop":
+            task.stop()
+        screen.show(task.get_activity_log() if command == "log" else task)
 
 
-def _version() -> int:
-    import hashlib
-
-    source = globals()["__loader__"].get_data(__file__)  # a loader reads out of a zip file, too
-    print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}")
-    return 0
-
-
-def _demo(as_json: bool) -> int:
-    with LocalPlatform() as platform:
-        prompt, configuration = "What can this file do?", platform.configuration
-        task = Task.create("demo-agent", prompt, configuration=configuration, events_streaming=True)
-        code = _follow(task, as_json)
-        if not as_json:
-            print("\nActivity log", flush=True)
-            _show(task.get_activity_log(), as_json)
-    return code
-
-
-def _run(argv: List[str]) -> int:
+def _run(argv: List[str]) -> None:
     import getopt
+    import hashlib
 
     try:
         found, words = getopt.gnu_getopt(argv, "h", ["help", "version", "json", "file="])
@@ -2467,45 +2407,30 @@ def _run(argv: List[str]) -> int:
         raise ValueError(f"{error}; see xtask --help") from None
     options, files = [name for name, _ in found], [value for name, value in found if name == "--file"]
     if "--version" in options:
-        return _version()
-    if "-h" in options or "--help" in options:
+        source = globals()["__loader__"].get_data(__file__)  # a loader reads out of a zip file, too
+        print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}")
+    elif "-h" in options or "--help" in options:
         print(_HELP)
-        return 0
-    command, given = words[0] if words else "", words[1:]
-    if len(given) != _WORDS.get(command) or files and command != "run":
+    elif not words or len(words) != 1 + _WORDS.get(words[0], -1) or (files and words[0] != "run"):
         raise ValueError(f"wrong usage: {' '.join(words) or 'no command'}; see xtask --help")
-    return _obey(command, given, files, "--json" in options)
-
-
-def _obey(command: str, given: List[str], files: List[str], as_json: bool) -> int:
-    if command == "demo":
-        return _demo(as_json)
-    if command == "run":
-        return _follow(Task.create(given[0], given[1], files, events_streaming=True), as_json)
-    if command == "list":
-        for item in Task.list(given[0]):
-            _show(item, as_json)
-        return 0
-    task = Task.load(given[0])
-    if command == "watch":
-        return _follow(task, as_json)
-    if command == "stop":
-        task.stop()
-    _show(task.get_activity_log() if command == "log" else task, as_json)
-    return 0
+    else:
+        _obey(words[0], words[1:], files, "--json" in options)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The terminal program, with the process's own arguments unless others are given: its exit code."""
+    code = 0
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
+        _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        code = 0  # the reader has all it wanted
-    except (ModuleException, ValueError, OSError, RecursionError) as error:
+        pass  # the reader has all it wanted
+    except (ModuleException, ValueError, OSError, RuntimeError) as error:
         unset = isinstance(error, ModuleException) and not error.answered and error.status_code < 500
-        code = _complain(error, 2 if unset or isinstance(error, ValueError) else 1)
+        code = 2 if unset or isinstance(error, ValueError) else 1
+        with contextlib.suppress(OSError):  # nobody is there to read it
+            print("xtask:", _one_line(str(error) or repr(error)), file=sys.stderr, flush=True)
     try:
         print(end="", flush=True)
     except OSError:  # the interpreter, too, would flush what is left, and complain
