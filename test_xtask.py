@@ -1332,6 +1332,7 @@ def test_an_event_may_be_16_mib_with_every_byte_counted(part, size):
     fits, bursts = line * (LIMIT // len(line) - 1), line * (LIMIT // len(line) + 1)
     list(xtask.iter_sse(pieces_of(b"data: a\n\n" + fits + b"\ndata: b\n\n", size)))
     events = xtask.iter_sse(pieces_of(b"data: a\n\n" + bursts + b"\ndata: b\n\n", size))
+    assert next(events).data == "a", "what came before it is not lost"
     with pytest.raises(ValueError, match="16 MiB"):
         list(events)
 
@@ -1706,6 +1707,18 @@ def test_a_save_sends_only_what_differs_from_what_the_server_last_told(change, b
     sent = [("GET", None) if body is None else ("PATCH", as_json(body))]
     got = [(method, body and as_json(body)) for method, _, body in arrived(server)]
     assert got == [("GET", None), *sent, ("GET", None)]
+
+
+def test_what_is_nested_hundreds_deep_is_loaded_changed_and_saved():
+    deep = json.loads('{"a": ' * 600 + "1" + "}" * 600)
+    with answering((200, task_dict(payload_extension=deep))) as server:
+        task = xtask.Task.load("t-1", server.config)
+        task.title = "New"
+        task.save()
+        task.payload_extension["b"] = 2
+        task.save()
+    assert arrived(server)[1][2] == {"title": "New"}
+    assert arrived(server)[2][2] == {"payload_extension": {**deep, "b": 2}}
 
 
 def test_a_status_that_moved_on_the_server_is_not_rolled_back():
@@ -2683,6 +2696,20 @@ def test_of_a_task_that_was_final_already_five_seconds_of_silence_are_the_end(fa
         events = follow(server, face, status="completed")
         assert [e.type for e in events] == ["chunk", "task_finished"] and events[-1].data.result == "4"
         assert 0.24 <= time.monotonic() - began < 10
+
+
+@both_faces
+def test_of_a_task_that_was_final_already_comments_alone_are_silence_too(face, monkeypatch):
+    def pings(connection):
+        while True:  # until the client leaves
+            connection.send(": ping\n\n")
+            time.sleep(0.02)
+
+    monkeypatch.setattr(xtask, "_FINAL_SILENCE", 0.25)
+    with feed(plays(sse("chunk", "1"), then=pings), idle_timeout=20) as server:
+        server.task = task_dict(status="completed", result="4")
+        assert [e.type for e in follow(server, face, status="completed")] == ["chunk", "task_finished"]
+        assert len(server.streams) == 1
 
 
 # -- leaving

@@ -1707,7 +1707,6 @@ class _Stream:
             except (OSError, http.client.HTTPException):
                 return  # cut off, or silent
             except ValueError as error:
-                yield batch
                 raise ModuleException(500, f"The stream sent {error}") from error
             yield batch
             spoke = time.monotonic() if batch else spoke
