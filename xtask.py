@@ -172,25 +172,6 @@ class OutputFormat(_OpenEnum):
     Voice = "voice"
 
 
-class TaskUpdateEventType(_OpenEnum):
-    """The type of an event. To add one, add a line; typed data has its class in `_EVENT_RECORDS`."""
-
-    Connected = "connected"
-    TaskCreated = "task_created"
-    TaskUpdated = "task_updated"
-    TaskFinished = "task_finished"
-    Chunk = "chunk"
-    ToolCallRequest = "tool_call_request"
-    ToolCallResult = "tool_call_result"
-    Think = "think"
-    Analyze = "analyze"
-    SubAgentTrigger = "sub_agent_trigger"
-    AuthEvent = "auth_event"
-    PlanUpdated = "plan_updated"
-    TaskCompactization = "task_compactization"
-    ContextStatus = "context_status"
-
-
 class AgentActivityThreadReasoningType(_OpenEnum):
     """The two kinds of reasoning in an activity log."""
 
@@ -1570,6 +1551,34 @@ class _Parser:
 # ---- Events ------------------------------------------------------------------------------------------------
 
 
+class TaskUpdateEventType(_OpenEnum):
+    """The type of an event. To add one, add a line; and below, its class, if its data is to be typed."""
+
+    Connected = "connected"
+    TaskCreated = "task_created"
+    TaskUpdated = "task_updated"
+    TaskFinished = "task_finished"
+    Chunk = "chunk"
+    ToolCallRequest = "tool_call_request"
+    ToolCallResult = "tool_call_result"
+    Think = "think"
+    Analyze = "analyze"
+    SubAgentTrigger = "sub_agent_trigger"
+    AuthEvent = "auth_event"
+    PlanUpdated = "plan_updated"
+    TaskCompactization = "task_compactization"
+    ContextStatus = "context_status"
+
+
+_EVENT_RECORDS: Dict[str, Type[_Record]] = {
+    "task_created": Task, "task_updated": Task, "task_finished": Task,
+    "tool_call_request": ToolCallRequest, "tool_call_result": ToolCallResult,
+    "think": ToolCallRequest, "analyze": ToolCallRequest,
+}
+_EVENT_TYPES = {kind.value: kind for kind in TaskUpdateEventType}  # calling the enum is far slower
+_ENVELOPE = {"type", "task_id", "organization_id", "time", "data"}
+
+
 @dataclass(repr=False)
 class TaskUpdateEvent(_Record):
     """One event. `data` is a `Task`, a `ToolCallRequest`, a `ToolCallResult`, or the JSON that came.
@@ -1607,13 +1616,6 @@ class TaskUpdateEvent(_Record):
         return event
 
 
-_ENVELOPE = {"type", "task_id", "organization_id", "time", "data"}
-_EVENT_TYPES = {kind.value: kind for kind in TaskUpdateEventType}  # calling the enum is far slower
-_EVENT_RECORDS: Dict[str, Type[_Record]] = {
-    "task_created": Task, "task_updated": Task, "task_finished": Task,
-    "tool_call_request": ToolCallRequest, "tool_call_result": ToolCallResult,
-    "think": ToolCallRequest, "analyze": ToolCallRequest,
-}
 _decode = json.JSONDecoder().raw_decode  # json.loads takes a third longer
 
 
