@@ -1949,6 +1949,21 @@ def test_a_whole_life_on_the_local_platform(face):
         assert call(face, task, "stop").status == "completed"
 
 
+@needs_whole_file
+def test_leaving_the_local_platform_does_not_wait_for_a_client_that_does_not_read():
+    def talkative(task):
+        for _ in range(400):
+            yield "chunk", "x" * 100_000  # far more than the buffers between take
+
+    with local(talkative) as platform:
+        task = xtask.Task.create("a-1", "Hi", configuration=platform.config, events_streaming=True)
+        with contextlib.closing(task.events()) as events:
+            assert next(events).type == "connected" and task.wait_finished(30).is_finished
+            began = time.monotonic()
+            platform.__exit__()
+            assert time.monotonic() - began < 10
+
+
 def test_stopping_keeps_unsaved_changes_for_the_next_save():
     told = task_dict(title="old")
 

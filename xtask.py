@@ -2077,7 +2077,7 @@ class LocalPlatform:
         self._agent, self._lock = agent or _local_agent, threading.RLock()
         self._runs: Dict[str, _LocalRun] = {}
         self._threads: List[threading.Thread] = []
-        self._open: Set[socket.socket] = set()  # connections, which clients keep
+        self._open: Dict[threading.Thread, socket.socket] = {}  # connections, which clients keep
 
     def __enter__(self) -> LocalPlatform:
         from http.server import BaseHTTPRequestHandler
@@ -2098,12 +2098,13 @@ class LocalPlatform:
                 pass
 
         def handle(connection: socket.socket, *rest: Any) -> None:
-            self._open.add(connection)
+            self._open[threading.current_thread()] = connection
             with contextlib.suppress(OSError):  # a client that left is no error
                 Handler(connection, *rest)
-            self._open.discard(connection)
+            del self._open[threading.current_thread()]
 
         self._server = ThreadingTCPServer(("127.0.0.1", 0), handle)  # type: ignore[arg-type]
+        self._server.daemon_threads = True  # its end does not wait for them
         self._server.socket.listen(512)
         self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
         self.configuration = Configuration("local-key", "local-org", self.url)
@@ -2119,12 +2120,13 @@ class LocalPlatform:
         with self._lock:
             for run in self._runs.values():
                 run.advance(status="stopped")
-        for connection in list(self._open):
+        self._server.server_close()
+        for thread, connection in list(self._open.items()):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
-        self._server.server_close()
+            self._threads.append(thread)
         for thread in self._threads:
-            thread.join(0.5)  # not for ever: an agent may be stuck
+            thread.join(0.5)  # not for ever: an agent may be stuck, or a client that does not read
         self.configuration.close()
 
     def _start(self, target: Callable[..., Any], *args: Any) -> None:
