@@ -458,6 +458,17 @@ def test_the_head_says_what_it_is_its_version_its_licence_and_how_to_update():
     assert re.fullmatch(r"\d+\.\d+\.\d+", xtask.__version__)
 
 
+LIMITS = {  # as they are promised, in bytes and seconds
+    "_MAX_EVENT": 16 * MIB, "_MAX_ANSWER": 64 * MIB, "_MAX_FILE": 10 * MIB, "_MAX_FILES": 32 * MIB,
+    "_FILE_THREADS": 8, "_MAX_REDIRECTS": 5, "_CONNECT_TIMEOUT": 10, "_MAX_RETRY_AFTER": 60,
+    "_KEEP_SECONDS": 20, "_REPLAY_WINDOW": 10_000, "_FINAL_SILENCE": 5,
+}
+
+
+def test_the_limits_are_those_of_the_contract():
+    assert {name: getattr(xtask, name) for name in LIMITS} == LIMITS
+
+
 def test_the_public_names_are_those_of_the_contract_and_all_others_are_private():
     below = [] if UNDER_TEST else ["LocalPlatform", "main"]
     assert sorted(xtask.__all__) == sorted(PUBLIC + below)
@@ -1024,6 +1035,10 @@ def test_every_record_keeps_what_has_no_name_in_extra(name):
         assert made.to_dict() == payload
         assert made.extra == {key: value for key, value in payload.items() if key not in keys}
         assert made == record.from_dict(payload)
+        if not payload:
+            assert all(getattr(made, key) in (None, False, "", []) for key in keys)
+        if name != "Task":  # whose repr is shorter
+            assert repr(made) == f"{name}({', '.join(f'{key}={getattr(made, key)!r}' for key in keys)})"
         assert copy.deepcopy(made) == pickle.loads(pickle.dumps(made)) == made
 
 
@@ -2014,7 +2029,8 @@ ANSWERED = [  # status, body, headers; status_code, what the text says, details
     (403, PAGE, (), 403, "[403] Forbidden", None),
     (404, b'{"detail": "cut', (), 404, None, None),
     (599, b"", (), 599, None, None),
-    (200, PAGE, HTML, 500, NO_JSON, None),
+    (300, b"", (), 300, "[300] Multiple Choices", None),
+    (200, PAGE, HTML, 500, "answered with HTML that is not JSON", None),
     (200, b'{"id": "t-1", "sta', (), 500, NO_JSON, None),
     (200, b"\xff\xfe\xfd", (), 500, NO_JSON, None),
     (200, b"[" * 100_000, (), 500, NO_JSON, None),
@@ -2245,6 +2261,14 @@ def plays(*parts, then=lambda connection: None):
         for part in parts:
             connection.send(part)
         then(connection)
+    return script
+
+
+def repeats(text):
+    def script(connection):
+        while True:  # until the client leaves
+            connection.send(text)
+            time.sleep(0.02)
     return script
 
 
@@ -2614,12 +2638,16 @@ def test_other_answers_raise_at_once(face, pauses, script, status, says):
         assert len(server.requests) == 1 and pauses == []
 
 
-def test_an_error_whose_body_does_not_end_is_raised_with_what_it_said():
+@pytest.mark.parametrize("then", [lambda connection: connection.wait_closed(), repeats(" ")],
+                         ids=["silent", "trickling"])
+def test_an_error_whose_body_does_not_end_is_raised_with_what_it_said(then, monkeypatch):
     def script(connection, number):
         connection.request()
         connection.send('HTTP/1.1 401 no\r\n\r\n{"detail": "bad key"}')
-        connection.wait_closed()
+        then(connection)
 
+    assert xtask._REFUSAL_SECONDS == 2
+    monkeypatch.setattr(xtask, "_REFUSAL_SECONDS", 0.2)  # the same with less patience
     with RawServer(script) as server:
         started = time.monotonic()
         with pytest.raises(xtask.ModuleException, match=r"\[401\] bad key"):
@@ -2674,7 +2702,7 @@ def test_when_the_server_says_that_the_task_is_final_the_last_event_is_made_from
 @both_faces
 def test_204_while_the_task_still_runs_is_an_error_that_says_so(face, pauses):
     with feed(answers(204)) as server:
-        with pytest.raises(xtask.ModuleException, match="executing"):
+        with pytest.raises(xtask.ModuleException, match=r"^\[204\] .*no events, but the task is executing"):
             follow(server, face)
         assert len(server.streams) == 1
 
@@ -2715,13 +2743,8 @@ def test_of_a_task_that_was_final_already_five_seconds_of_silence_are_the_end(fa
 
 @both_faces
 def test_of_a_task_that_was_final_already_comments_alone_are_silence_too(face, monkeypatch):
-    def pings(connection):
-        while True:  # until the client leaves
-            connection.send(": ping\n\n")
-            time.sleep(0.02)
-
     monkeypatch.setattr(xtask, "_FINAL_SILENCE", 0.25)
-    with feed(plays(sse("chunk", "1"), then=pings), idle_timeout=20) as server:
+    with feed(plays(sse("chunk", "1"), then=repeats(": ping\n\n")), idle_timeout=20) as server:
         server.task = task_dict(status="completed", result="4")
         assert [e.type for e in follow(server, face, status="completed")] == ["chunk", "task_finished"]
         assert len(server.streams) == 1
@@ -4320,7 +4343,13 @@ def test_a_url_is_sent_percent_encoded_once():
 
 KINDS = {"/a.txt": "read", "/b.JSON?v=1.pdf#x.png": "read", "/c.PDF": "pdf", "/d.pdf?x=.txt": "pdf",
          "/e.jpeg": "image", "/f.WebP#a.txt": "image", "/g.zip": "other", "/h": "other", "/txt": "other",
-         "/i.txt.gz": "other", "/j.svg": "image", "/k.sh": "read", "/m.d/n": "other"}
+         "/i.txt.gz": "other", "/m.d/n": "other"}
+for kind, extensions in {
+    "read": "txt csv json xml html htm md rst yaml yml py js ts java c cpp h cs go rb php sh",
+    "image": "jpg jpeg png gif bmp tiff webp svg",
+    "other": "docx mp3 tif jsonl pyc p",
+}.items():
+    KINDS.update((f"/of.{extension}", kind) for extension in extensions.split())
 
 
 def test_the_kind_of_a_file_is_the_extension_of_its_path(no_agno, dialled):

@@ -74,6 +74,7 @@ _KEEP_CONNECTIONS = 32
 _REPLAY_WINDOW = 10_000  # events remembered, to skip what is sent again after a reconnect
 _RELAY_BATCHES = 4  # reads of a stream (64 KiB or one event) that may wait for an async consumer
 _FINAL_SILENCE = 5.0  # seconds after which the stream of a finished task counts as over
+_REFUSAL_SECONDS = 2.0  # to read why a stream is refused: the status says enough to go on with
 
 # ---- Errors and warnings -----------------------------------------------------------------------------------
 
@@ -1683,10 +1684,10 @@ class _Stream:
         response = transport.open(request, self.idle_timeout)
         if not 200 <= response.status < 300:
             body = bytearray()
-            with response, contextlib.suppress(*_FAILURES):  # the status says enough to go on with
+            with response, contextlib.suppress(*_FAILURES):
                 if self.line.socket:
-                    self.line.socket.settimeout(2.0)
-                response.read_all(body, 65536, seconds=2.0)
+                    self.line.socket.settimeout(_REFUSAL_SECONDS)
+                response.read_all(body, 65536, _REFUSAL_SECONDS)
             transport.judge(response, body, request.place)  # which raises
         return response
 
