@@ -982,7 +982,10 @@ class Task(_Record):
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, Any]:
     """The items of `new` that differ from `old` as JSON: True is not 1, key order does not count."""
-    return {k: v for k, v in new.items() if k not in old or _ordered(old[k]) != _ordered(v)}
+    return {
+        name: value for name, value in new.items()
+        if name not in old or old[name] is not value and _ordered(old[name]) != _ordered(value)
+    }
 
 
 # ---- Transport ---------------------------------------------------------------------------------------------
