@@ -1905,7 +1905,8 @@ class _FileWork:
             try:
                 self.results[number] = self.fetch(url, line, content)
             except (ModuleException, *_FAILURES) as error:
-                self.grow(content, -len(content))
+                with self.lock:
+                    self.held -= len(content)
                 refusal = error.__cause__ or error
                 self.results[number] = refusal if isinstance(refusal, _Refused) else error
                 if isinstance(refusal, _Refused):
@@ -1918,16 +1919,18 @@ class _FileWork:
             if response.status != 200:
                 raise ModuleException(response.status, "the server has no such file")
             for part in iter(response.read_some, b""):
-                content += part
-                self.grow(content, len(part))
+                self.grow(content, part)
             if line.hung_up.is_set():  # our own hang-up looks like the end of a file without a length
                 raise http.client.IncompleteRead(b"")
             return bytes(content), response.headers.get_content_charset()
 
-    def grow(self, content: bytearray, size: int) -> None:
+    def grow(self, content: bytearray, part: bytes) -> None:
         with self.lock:  # so that of several files the one that is too much fails alone
-            self.held += size
-            if size > 0 and (len(content) > _MAX_FILE or self.held > _MAX_FILES):
+            content += part
+            self.held += len(part)
+            if len(content) > _MAX_FILE or self.held > _MAX_FILES:
+                self.held -= len(content)
+                content.clear()
                 raise ModuleException(413, "the file is too large")
 
 
