@@ -23,14 +23,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import email.utils
-import functools
 import http.client
 import json
 import math
 import os
 import random
 import re
-import select
 import socket
 import ssl
 import sys
@@ -45,7 +43,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import (
     Any, AsyncGenerator, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Set, Tuple, Type, TypeVar, Union,
+    Optional, Set, Tuple, Type, TypeVar, Union, cast,
 )
 
 __version__ = "1.0.0"
@@ -113,18 +111,22 @@ def _warn(message: str, *arguments: Any) -> None:
     logging.getLogger(__name__).warning(message, *arguments)
 
 
-_SECRET_NAMES = {"access_token", "user_tokens", "user_oidc_token", "api_key", "x-api-key"}
-_URL_QUERY = re.compile(r"(https?://[^\s?#\"'<>]*)\?[^\s#\"'<>]*", re.IGNORECASE)
+_SECRETS = ("access_token", "user_tokens", "user_oidc_token", "api_key", "x-api-key")
+_SECRET_IN_JSON = re.compile(rf'("(?:{"|".join(_SECRETS)})"\s*:\s*)"(?:[^"\\]|\\.)*"')
+_URL_QUERY = re.compile(r"(?is)(\Ahttps?://[^?]*)\?.*|(https?://[^\s?#\"'<>]*)\?[^\s#\"'<>]*")
 
 
-def _mask(value: Any) -> Any:
+def _mask(value: Any, depth: int = 100) -> Any:
     """The value with secrets and the queries of URLs hidden, for everything a person may see."""
+    if isinstance(value, (dict, list, tuple)) and not depth:
+        return "..."
     if isinstance(value, dict):
-        return {k: "***" if k in _SECRET_NAMES and v else _mask(v) for k, v in value.items()}
+        return {k: "***" if k in _SECRETS and v else _mask(v, depth - 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_mask(item) for item in value]
+        return [_mask(item, depth - 1) for item in value]
     if isinstance(value, str) and not isinstance(value, Enum):
-        return _URL_QUERY.sub(r"\1?***", value)
+        value = _URL_QUERY.sub(lambda found: f"{found[1] or found[2]}?***", value)
+        return _SECRET_IN_JSON.sub(r'\1"***"', value)
     return value
 
 
@@ -551,15 +553,16 @@ def _path(route: str, ids: Mapping[str, Any]) -> str:
     return route.format(**{name: urllib.parse.quote(value, safe="") for name, value in ids.items()})
 
 
-@functools.lru_cache(maxsize=16)  # an environment that keeps changing must not fill the memory
-def _configuration_of(*environment: Optional[str]) -> Configuration:
-    return Configuration()
+_shared: Dict[Tuple[Optional[str], ...], Configuration] = {}
 
 
 def _default_configuration() -> Configuration:
     """The one configuration of this environment, so that calls in a loop share a connection."""
     names = ("XPANDER_API_KEY", "XPANDER_ORGANIZATION_ID", "XPANDER_BASE_URL", "IS_STG")
-    return _configuration_of(*map(os.environ.get, names))
+    key = tuple(map(os.environ.get, names))
+    if len(_shared) >= 16 and key not in _shared:
+        _shared.clear()  # an environment that keeps changing must not fill the memory
+    return _shared.get(key) or _shared.setdefault(key, Configuration())
 
 
 def _given(values: Mapping[str, Any]) -> Dict[str, Any]:
@@ -960,12 +963,13 @@ class Task(_Record):
             newer = self._fetch(self.id, self.configuration)
         else:
             newer = self._from_answer(answer, self.configuration)
-        old = {**self.__dict__, **self.extra}
-        meanwhile = _difference(before, self.to_dict()) if before else {}
+        old, now = {**self.__dict__, **self.extra}, self.to_dict()
+        meanwhile = {*_difference(before, now), *(before.keys() - now.keys())} if before else ()
         self.__dict__.update(newer.__dict__, _configuration=self._configuration)
         for name in meanwhile:
-            home = self.__dict__ if name in _plan(Task).defaults else self.extra
-            home[name] = old[name]
+            home = self.__dict__ if name in _plan(type(self)).defaults else self.extra
+            if name in old:  # else it was taken out of `extra`
+                home[name] = old[name]
         return self
 
     def _pauses(self, timeout: Optional[float]) -> Iterator[float]:
@@ -994,9 +998,9 @@ _BROKEN = (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, socket.
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
 # Of a request that is under way; ValueError: a host or a port, of a redirect too, that is none
 _FAILURES = (OSError, http.client.HTTPException, ValueError)
-_CHUNK_HEAD = re.compile(rb"[\r\n]*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
-# Neither "@" (a user name), nor "%" and "\\", which parsers of URLs read in two ways
-_HOST_AND_PORT = re.compile(r"[^\s@%\\]+")
+_CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
+# Neither "@" (a user name), nor what parsers of URLs read in two ways
+_HOST_AND_PORT = re.compile(r"[^\s@%\\/?#]+")
 
 
 def _wait(seconds: float, line: Optional[_Line] = None) -> None:
@@ -1037,13 +1041,13 @@ class _Request(urllib.request.Request):
 
     def __init__(self, method: str, url: str, headers: Mapping[str, str], line: _Line) -> None:
         super().__init__(url, method=method)
-        self.line, self.place = line, urllib.parse.urlsplit(url).netloc
+        self.line, self.place = line, self.host  # `host` is the proxy's, once there is one
         for name, value in headers.items():
             self.add_unredirected_header(name, value)  # add_header's would follow any redirect
 
     @property
     def route(self) -> Tuple[str, str, str]:
-        """What must be equal for a connection to serve two requests; `host` is the proxy's, if any."""
+        """What must be equal for a connection to serve two requests."""
         return self.type, self.host, self.place
 
     @property
@@ -1101,6 +1105,8 @@ class _Response(http.client.HTTPResponse):
             body += part
             if len(body) > limit or time.monotonic() > ends:
                 raise OSError(f"the answer is over {limit // 2**20} MiB")
+        if not body and self.length is None and not self.chunked:
+            raise http.client.IncompleteRead(b"")  # cut off within its head, as far as anybody can tell
 
     def abandon(self) -> None:
         """Close it and its connection, if that was not given back."""
@@ -1117,22 +1123,22 @@ class _Connection(http.client.HTTPConnection):
 
     response_class = _Response
     idle_since = 0.0  # wall clock: the monotonic one stands still while a host is frozen
-    password: Optional[str] = None  # what the proxy of a tunnel alone may see
+    authorization: Optional[str] = None  # which the proxy of a tunnel alone may see
 
     def __init__(self, request: _Request, context: Optional[ssl.SSLContext], trusted: Iterable[str]) -> None:
         self.default_port = 443 if context else 80
         super().__init__(request.host, timeout=request.timeout)
-        self.origin, self.context, self.process = request, context, os.getpid()
+        self.opened_by, self.context, self.process = request, context, os.getpid()
         self.judged = request.guarded and not request.proxied and self.host.lower() not in trusted
 
     def connect(self) -> None:
-        request, line = self.origin, self.origin.line
+        request, line = self.opened_by, self.opened_by.line
         self.sock = _dial(self.host, self.port, self.judged, line)
         if self.context:
             parts = urllib.parse.urlsplit(request.full_url)
             if request.proxied:
                 place = request.place if parts.port else f"{request.place}:443"
-                _ask_for_tunnel(self.sock, place, self.password)
+                _ask_for_tunnel(self.sock, place, self.authorization)
             self.sock = self.context.wrap_socket(
                 self.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
             )
@@ -1146,9 +1152,14 @@ class _Connection(http.client.HTTPConnection):
         if not 0 <= time.time() - self.idle_since < _KEEP_SECONDS or self.process != os.getpid():
             return False
         try:
-            return not select.select([self.sock], [], [], 0)[0]
-        except (OSError, ValueError):  # ValueError: closed, or a descriptor that select cannot take
-            return False
+            self.sock.setblocking(False)
+            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)  # under the TLS layer, if there is one
+        except BlockingIOError:
+            self.sock.settimeout(self.timeout)
+            return not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending())
+        except OSError:
+            pass  # closed meanwhile
+        return False
 
 
 def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
@@ -1175,9 +1186,9 @@ def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
     raise OSError(f"{host} has no address")
 
 
-def _ask_for_tunnel(sock: socket.socket, place: str, password: Optional[str]) -> None:
+def _ask_for_tunnel(sock: socket.socket, place: str, authorization: Optional[str]) -> None:
     """CONNECT through a proxy (RFC 9110, section 9.3.6)."""
-    secret = f"Proxy-Authorization: {password}\r\n" if password else ""
+    secret = f"Proxy-Authorization: {authorization}\r\n" if authorization else ""
     sock.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{secret}\r\n".encode("latin-1"))
     # its buffer takes nothing of the origin's, which speaks second under TLS
     with http.client.HTTPResponse(sock, method="CONNECT") as answer:
@@ -1199,6 +1210,8 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         self.idle: List[_Connection] = []
 
     def http_open(self, request: Any) -> _Response:
+        if request.type != urllib.parse.urlsplit(request.full_url).scheme:
+            raise _Refused("a proxy for http URLs must be an http URL itself")
         if request.guarded and request.proxied:
             # names are the proxy's to resolve; an address that is written out can be judged
             _judge_host(request.full_url, self._trusted, socket.AI_NUMERICHOST)
@@ -1217,7 +1230,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     def _kept(self, request: _Request) -> Optional[_Connection]:
         """An idle connection that serves the request; those that cannot be used any more are closed."""
         for connection in self.idle[::-1] if request.keep else ():
-            if connection.origin.route == request.route:
+            if connection.opened_by.route == request.route:
                 try:
                     self.idle.remove(connection)
                 except ValueError:  # another thread was faster
@@ -1228,16 +1241,16 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         return None
 
     def _send(self, connection: _Connection, request: _Request) -> _Response:
-        headers = dict(request.header_items())
+        headers, response = dict(request.header_items()), None
         if connection.context:
-            connection.password = headers.pop("Proxy-authorization", None)
+            connection.authorization = headers.pop("Proxy-authorization", None)
         if not request.keep:
             headers["Connection"] = "close"
         try:
             if connection.sock:
                 request.line.hold(connection.sock)
             connection.request(request.get_method(), request.selector, request.data, headers)
-            response = connection.getresponse()
+            response = cast(_Response, connection.getresponse())
             for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
                 if not 101 < response.status < 200:
                     break
@@ -1247,18 +1260,20 @@ class _Handler(urllib.request.AbstractHTTPHandler):
                 raise http.client.HTTPException("its Transfer-Encoding is another than chunked")
         except BaseException:
             connection.close()
+            if response:
+                response.close()
             raise
-        assert isinstance(response, _Response)
         response.connection = connection
         return response
 
     def give_back(self, request: _Request, response: _Response) -> None:
         """Keep the connection of an answer that was read to its end."""
         connection = response.connection
-        whole = not response.ended or (response.rest or response.fp.readline(4096)) == b"\r\n"  # no trailers
-        usable = connection and connection.sock and whole and response.status >= 200
-        if connection and usable and request.keep and len(self.idle) < _KEEP_CONNECTIONS:
-            response.connection = request.line.socket = None  # the next to use it is somebody else
+        whole = not response.ended or response.rest == b"\r\n"  # after the last chunk: no trailers
+        may_stay = request.keep and whole and response.status >= 200 and not response.will_close
+        if connection and connection.sock and may_stay and len(self.idle) < _KEEP_CONNECTIONS:
+            # so that no hang-up reaches whoever uses it next, and no large body stays with it
+            response.connection = request.line.socket = request.data = None
             response.close()
             connection.idle_since = time.time()
             self.idle.append(connection)
@@ -1269,7 +1284,8 @@ class _Handler(urllib.request.AbstractHTTPHandler):
             return response
         response.abandon()
         method, url = request.get_method(), request.full_url
-        target = urllib.parse.urljoin(url, response.headers.get("Location", ""))
+        location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
+        target = urllib.parse.urljoin(url, location)
         if not request.guarded and (method != "GET" or _origin(url) != _origin(target)):
             text = f"{request.place} redirects {method} elsewhere: check XPANDER_BASE_URL"
             raise ModuleException(response.status, text)
@@ -1297,10 +1313,10 @@ def _origin(url: str) -> Tuple[str, Optional[str], Optional[int]]:
 def _clean_url(url: str, name: str = "a file's URL") -> str:
     """A URL that can be sent: http or https, no user name, everything else percent-encoded."""
     parts = urllib.parse.urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not _HOST_AND_PORT.fullmatch(parts.netloc):
+    place = parts.netloc.lower() if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    if parts.scheme not in ("http", "https") or not _HOST_AND_PORT.fullmatch(place):  # IDNA makes "%", too
         raise _Refused(f"{name} must be an http or https URL with a host and without a user name")
     _ = parts.port  # raises ValueError for one that is no number
-    place = parts.netloc.lower() if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     path = urllib.parse.quote(parts.path or "/", safe="/%!$&'()*+,;=:@~")
     query = urllib.parse.quote(parts.query, safe="/%!$&'()*+,;=:@~?")
     return urllib.parse.urlunsplit((parts.scheme, place.rstrip(":"), path, query, ""))
@@ -1398,7 +1414,7 @@ class _Transport:
         except (ValueError, RecursionError) as error:
             broken = error
         if not 200 <= status < 300:
-            failure = ModuleException(status, self._hide(_describe(status, headers, body, value)), value)
+            failure = ModuleException(status, self.hide(_describe(status, headers, body, value)), value)
             failure._retry_after = _retry_after(headers.get("Retry-After", ""))
             raise failure
         if broken:
@@ -1408,7 +1424,7 @@ class _Transport:
 
     def _no_answer(self, place: str, error: Exception) -> ModuleException:
         """The failure of a request that no server answered, or not to the end."""
-        error.args = tuple(map(self._hide, error.args))
+        error.args = tuple(map(self.hide, error.args))
         reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = f"its certificate is not trusted ({error.verify_message}): name the authority in " \
@@ -1419,7 +1435,7 @@ class _Transport:
             reason = "the answer was cut off"
         return ModuleException(500, f"No answer from {place}: {' '.join(reason.split())}", answered=False)
 
-    def _hide(self, text: Any) -> Any:
+    def hide(self, text: Any) -> Any:
         """The text without the key, which a server may have put there."""
         known = self._key and len(self._key) >= 8 and isinstance(text, str)
         return text.replace(self._key, "***") if known else text
@@ -1608,7 +1624,7 @@ class TaskUpdateEvent(_Record):
         task_id, record = data.get("task_id") or required.get("id"), _EVENT_RECORDS.get(kind)
         if record and isinstance(body, dict):
             if record is Task:
-                body = {**required, "id": task_id, **body}
+                body = {**required, **({"id": task_id} if task_id else {}), **body}
                 body = Task._of(body, json.dumps(body), configuration)
             elif isinstance(body.get("request_id"), str) and isinstance(body.get("operation_id"), str):
                 body = record.from_dict(body)
@@ -1646,6 +1662,7 @@ class _Stream:
         while True:
             response = self._connect()
             if response:
+                self.failures = 0
                 with response:
                     yield from self._read(response)
             if self.finished:
@@ -1700,6 +1717,7 @@ class _Stream:
         if status == 204:
             return
         if status != 200 or kind != "text/event-stream":
+            kind = self.configuration._transport.hide(kind)
             raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.replayed = set(self.seen)
@@ -1709,7 +1727,7 @@ class _Stream:
             try:
                 chunk = response.read_some()
                 for message in self.parser.feed(chunk):
-                    self._take(message.data, batch)
+                    self._add(message.data, batch)
             except (OSError, http.client.HTTPException):
                 return  # cut off, or silent
             except ValueError as error:
@@ -1719,10 +1737,9 @@ class _Stream:
             if self.was_final and time.monotonic() - spoke > _FINAL_SILENCE:
                 return  # nothing but comments
 
-    def _take(self, data: str, batch: List[TaskUpdateEvent]) -> None:
+    def _add(self, data: str, batch: List[TaskUpdateEvent]) -> None:
         """Add the event that the data holds, unless it was seen on an earlier connection."""
         mark = hash(data)
-        self.failures = 0
         event = None if mark in self.replayed or self.finished else self._event(data)
         if event is None or event.type == "connected" and self.shook_hands:  # each connection sends one
             return
@@ -1758,12 +1775,12 @@ class _Stream:
         last: Optional[BaseException] = None
         try:
             with contextlib.closing(self.batches()) as batches:
-                for batch in filter(None, batches):
-                    loop.call_soon_threadsafe(queue.put_nowait, batch)
-                    while not room.acquire(timeout=1.0):
-                        if loop.is_closed():
-                            return
-                    if self.line.hung_up.is_set():
+                for batch in batches:
+                    if batch:
+                        loop.call_soon_threadsafe(queue.put_nowait, batch)
+                        while not room.acquire(timeout=1.0) and not loop.is_closed():
+                            pass
+                    if loop.is_closed() or self.line.hung_up.is_set():
                         return
         except BaseException as error:  # raised again where the consumer is
             last = error
@@ -1879,7 +1896,7 @@ def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Got]:
         for thread in threads:
             thread.join(max(0.0, ends - time.monotonic()))
     finally:
-        work.todo = enumerate(())
+        work.todo.clear()
         for line in lines:
             line.hang_up()
     for thread in threads:
@@ -1892,19 +1909,19 @@ class _FileWork:
 
     def __init__(self, configuration: Configuration, urls: List[str]) -> None:
         self.transport, self.lock = configuration._transport, threading.Lock()
-        self.todo, self.held = enumerate(urls), 0  # the bytes of all files
+        self.todo, self.held = deque(enumerate(urls)), 0  # the bytes of all files
         self.results: List[_Got] = [TimeoutError("not fetched in time") for _ in urls]
 
     def run(self, line: _Line) -> None:
         while True:
-            with self.lock:
-                number, url = next(self.todo, (-1, ""))
-            if number < 0:
+            try:
+                number, url = self.todo.popleft()
+            except IndexError:
                 return
             content = bytearray()
             try:
                 self.results[number] = self.fetch(url, line, content)
-            except (ModuleException, *_FAILURES) as error:
+            except Exception as error:  # whatever strangers' bytes bring about, it is about one file
                 with self.lock:
                     self.held -= len(content)
                 refusal = error.__cause__ or error
@@ -1922,7 +1939,8 @@ class _FileWork:
                 self.grow(content, part)
             if line.hung_up.is_set():  # our own hang-up looks like the end of a file without a length
                 raise http.client.IncompleteRead(b"")
-            return bytes(content), response.headers.get_content_charset()
+            said = re.search(r'(?i);\s*charset\s*=[\s"]*([^\s;"]+)', response.headers.get("Content-Type", ""))
+            return bytes(content), said and said[1]
 
     def grow(self, content: bytearray, part: bytes) -> None:
         with self.lock:  # so that of several files the one that is too much fails alone
@@ -1963,7 +1981,6 @@ __all__ += ["LocalPlatform", "main"]
 
 # ---- Local platform ----------------------------------------------------------------------------------------
 
-_STOPPED = {"status": "stopped", "is_manually_stopped": True}
 _Play = Generator[Tuple[str, Any], None, Any]  # what an agent yields, and returns as the result
 
 
@@ -1983,7 +2000,7 @@ def _local_agent(task: Dict[str, Any]) -> _Play:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else json.dumps(_mask(value), ensure_ascii=False, default=str)
 
 
 def _within(value: Any, *names: str) -> Dict[str, Any]:
@@ -2020,10 +2037,11 @@ class _LocalRun:
                 self.changed.notify_all()
             return not self.over
 
-    def change(self, changes: Dict[str, Any]) -> Dict[str, Any]:
-        """Change the task, which is returned; the first final status ends the run with the last event."""
+    def change(self, changes: Dict[str, Any], late: bool = False) -> Dict[str, Any]:
+        """Change the task, once the run is over only if `late`. The first final status ends the run."""
         with self.changed:
-            self.task.update(changes, updated_at=_local_time())
+            if late or not self.over:
+                self.task.update(changes, updated_at=_local_time())
             status = str(self.task["status"])
             if not self.over and AgentExecutionStatus(status).is_final:
                 self.task["finished_at"] = self.task["updated_at"]
@@ -2032,26 +2050,25 @@ class _LocalRun:
                 self.over = True
             return self.task
 
-    def advance(self, **changes: Any) -> Dict[str, Any]:
-        """Change the task unless the run is over."""
-        with self.changed:
-            return self.task if self.over else self.change(changes)
+    def end(self, status: str, **changes: Any) -> Dict[str, Any]:
+        return self.change({"status": status, **changes})
 
     def play(self, agent: Callable[[Dict[str, Any]], _Play]) -> None:
         """Run the agent to its end, or to its first event after the end of the run."""
-        self.emit("task_updated", self.advance(status="executing", started_at=_local_time()))
+        self.emit("task_updated", self.change({"status": "executing", "started_at": _local_time()}))
         try:
             events = agent(self.task)
             while self.emit(*next(events)):
                 pass
         except StopIteration as end:
-            self.advance(status="completed", result=None if end.value is None else _text(end.value))
-        except Exception as error:
-            self.advance(status="failed", result=str(error) or repr(error))
+            text = end.value is None or isinstance(end.value, str)
+            self.end("completed", result=end.value if text else json.dumps(end.value))
+        except BaseException as error:  # SystemExit, too, is this agent's end alone
+            self.end("failed", result=str(error) or repr(error))
 
     def log(self) -> Dict[str, Any]:
         kept = {"id": self.task["id"], "created_at": self.task["created_at"]}
-        return {**kept, "messages": self.messages, "user": self.task["input"]["user"]}
+        return {**kept, "messages": self.messages, "user": _within(self.task, "input", "user") or None}
 
     def stream(self, seen: int) -> Iterator[bytes]:
         """What follows the first `seen` events, as it comes, to the end of the run."""
@@ -2126,7 +2143,7 @@ class LocalPlatform:
         self._server.shutdown()
         with self._lock:
             for run in self._runs.values():
-                run.advance(status="stopped")
+                run.end("stopped")
         self._server.server_close()
         for thread, connection in list(self._open.items()):
             with contextlib.suppress(OSError):
@@ -2144,20 +2161,25 @@ class LocalPlatform:
 
     def _serve(self, handler: Any) -> None:
         """Answer one request, with JSON or a stream."""
-        body = json.loads(handler.rfile.read(int(handler.headers.get("Content-Length") or 0)) or b"null")
+        text = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
-            self.requests.append((handler.command, handler.path, headers, body))
             try:
+                body = json.loads(text) if text else None
+                self.requests.append((handler.command, handler.path, headers, body))
                 status, answer = 200, self._answer(f"{handler.command} {handler.path}", headers, body or {})
             except ModuleException as error:
                 status, answer = error.status_code, {"detail": error.description}
+            except (ValueError, TypeError, AttributeError) as error:
+                status, answer = 400, {"detail": f"not the JSON that is expected: {error}"}
             streamed = isinstance(answer, Iterator)
             text = b"" if streamed else json.dumps(answer).encode()  # now, under the lock
         handler.send_response(status)
         handler.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
-        # a stream ends with its connection
-        handler.send_header(*(("Connection", "close") if streamed else ("Content-Length", str(len(text)))))
+        if streamed:
+            handler.send_header("Connection", "close")  # which tells where a stream ends
+        else:
+            handler.send_header("Content-Length", str(len(text)))
         handler.end_headers()
         for piece in answer if streamed else (text,):
             handler.wfile.write(piece)
@@ -2168,15 +2190,15 @@ class LocalPlatform:
             raise ModuleException(401, "Invalid API key")
         place, _, query = request.partition("?")
         last_id = headers.get("last-event-id", "")
-        seen = int(last_id) if last_id.isdecimal() else 0
+        seen, by_hand = int(last_id) if last_id.isdecimal() else 0, {"is_manually_stopped": True}
         routes: Dict[str, Callable[[str], Any]] = {
-            "POST /agent-execution/([^/]+)": lambda agent_id: self._create(agent_id, body),
-            "GET /agent-execution/executions/history/([^/]+)": lambda agent_id: self._list(agent_id, query),
-            "GET /agent-execution/([^/]+)/status": lambda task_id: self._run(task_id).task,
-            "PATCH /agent-execution/([^/]+)/update": lambda task_id: self._run(task_id).change(body),
-            "DELETE /agent-execution/([^/]+)": lambda task_id: self._run(task_id).advance(**_STOPPED),
-            "GET /activity/[^/]+/([^/]+)": lambda task_id: self._run(task_id).log(),
-            "GET /[^/]+/agent-execution/([^/]+)/events": lambda task_id: self._run(task_id).stream(seen),
+            "POST /agent-execution/([^/]+)": lambda name: self._create(name, body),
+            "GET /agent-execution/executions/history/([^/]+)": lambda name: self._list(name, query),
+            "GET /agent-execution/([^/]+)/status": lambda name: self._find(name).task,
+            "PATCH /agent-execution/([^/]+)/update": lambda name: self._find(name).change(body, late=True),
+            "DELETE /agent-execution/([^/]+)": lambda name: self._find(name).end("stopped", **by_hand),
+            "GET /activity/[^/]+/([^/]+)": lambda name: self._find(name).log(),
+            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self._find(name).stream(seen),
         }
         for pattern, answer in routes.items():
             found = re.fullmatch(pattern, place)
@@ -2184,7 +2206,7 @@ class LocalPlatform:
                 return answer(urllib.parse.unquote(found[1]))
         raise ModuleException(404, "Not Found")
 
-    def _run(self, task_id: str) -> _LocalRun:
+    def _find(self, task_id: str) -> _LocalRun:
         if task_id not in self._runs:
             raise ModuleException(404, "Task not found")
         return self._runs[task_id]
@@ -2198,6 +2220,8 @@ class LocalPlatform:
         task.update(input=asked, status="pending", created_at=now, updated_at=now)
         task["parent_execution"] = task.pop("parent_execution_id", None)
         earlier = self._runs.get(task["id"])  # an id continues a task
+        if earlier:
+            earlier.end("stopped")
         run = _LocalRun(task, earlier.messages if earlier else [], self._lock)
         self._runs[task["id"]], self.tasks[task["id"]] = run, task
         self._start(run.play, self._agent)
@@ -2233,7 +2257,7 @@ Exit codes: 0 done, 1 the task ended otherwise or a call failed, 2 wrong usage
 or no key, 130 Ctrl-C."""
 _WORDS = {"demo": 0, "run": 2, "watch": 1, "show": 1, "log": 1, "stop": 1, "list": 1}
 # Events and entries of the log: a label, what the task does after it, and the facts to tell.
-_TOLD: Dict[Any, Tuple[str, str, Tuple[str, ...]]] = {
+_TIMELINE: Dict[Any, Tuple[str, str, Tuple[str, ...]]] = {
     "task_created": ("created", "waiting to start", ("title",)),
     "task_updated": ("updated", "working", ("status", "internal_status", "title")),
     "task_finished": ("finished", "working", ("id", "status", "title")),
@@ -2257,11 +2281,11 @@ def _cut(text: str) -> str:
     import shutil
     import unicodedata
 
-    room = max(20, shutil.get_terminal_size().columns - 1)  # a full row makes some terminals wrap
+    room = max(8, shutil.get_terminal_size().columns - 1)  # a full row makes some terminals wrap
     for at, sign in enumerate(text):
         room -= 2 if unicodedata.east_asian_width(sign) in "WF" else 1
         if room < 0:
-            return text[: at - 3] + "..."
+            return text[: max(0, at - 3)] + "..."
     return text
 
 
@@ -2293,13 +2317,13 @@ def _span(task: Task, end: Any) -> str:
 
 def _tell(when: Any, kind: str, data: Any) -> str:
     """A row for an event or an entry of the log; an answer and the URL of a login follow it uncut."""
-    label, _, names = _TOLD.get(kind, (_one_line(kind), "", ()))
+    label, _, names = _TIMELINE.get(kind, (_one_line(kind), "", ()))
     inner = _within(data, "payload", "input") or _within(data, "data") or _within(data, "content")
     known = {**inner, **_within(data)}
-    facts = [known.get(name) for name in names] if known and kind in _TOLD else [data]
+    facts = [known.get(name) for name in names] if known and kind in _TIMELINE else [data]
     told = ": ".join(_one_line(fact) for fact in facts if fact not in (None, "", [], {}))
     label = "failed" if known.get("is_error") is True else label
-    uncut = known.get({"agent": "text", "auth_event": "url"}.get(kind, ""))
+    uncut = known.get("text") if kind == "agent" else known.get("url") if kind == "auth_event" else None
     return _cut(f"{_clock(when)}  {label:<10} {told}".rstrip()) + (f"\n{_text(uncut)}\n" if uncut else "\n")
 
 
@@ -2330,18 +2354,20 @@ class _Screen:
         self.ticker = threading.Thread(target=self.tick, daemon=True)
 
     def __enter__(self) -> _Screen:
-        self.ticker.start()
+        if self.live:
+            self.ticker.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.left.set()
-        self.ticker.join()
+        if self.live:
+            self.ticker.join()
         self.live = False
         self.write("\n" * self.in_line)
 
     def tick(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # the output is closed: the main thread will see
-            while self.live and not self.left.wait(1):
+            while not self.left.wait(1):
                 self.write("")
 
     def write(self, text: str) -> None:
@@ -2361,9 +2387,9 @@ class _Screen:
             self.write("".join(_lines(told)))
         elif self.task and told.task_id == self.task.id and told.type in ("chunk", "task_finished"):
             self.doing = "answering"
-            self.write(_text(told.raw["data"]) if told.type == "chunk" else "")
+            self.write(_text(told.raw.get("data", "")) if told.type == "chunk" else "")
         elif told.type != "connected":
-            self.doing = _TOLD.get(told.type, ("", "working"))[1]
+            self.doing = _TIMELINE.get(told.type, ("", "working"))[1]
             self.write("\n" * self.in_line + _tell(told.time, told.type, told.raw.get("data")))
 
 
@@ -2407,7 +2433,7 @@ def _obey(command: str, words: List[str], files: List[str], as_json: bool) -> No
         screen.show(task.get_activity_log() if command == "log" else task)
 
 
-def _run(argv: List[str]) -> None:
+def _command(argv: List[str]) -> None:
     import getopt
     import hashlib
 
@@ -2418,9 +2444,9 @@ def _run(argv: List[str]) -> None:
     options, files = [name for name, _ in found], [value for name, value in found if name == "--file"]
     if "--version" in options:
         source = globals()["__loader__"].get_data(__file__)  # a loader reads out of a zip file, too
-        print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}")
+        print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}", flush=True)
     elif "-h" in options or "--help" in options:
-        print(_HELP)
+        print(_HELP, flush=True)
     elif not words or len(words) != 1 + _WORDS.get(words[0], -1) or (files and words[0] != "run"):
         raise ValueError(f"wrong usage: {' '.join(words) or 'no command'}; see xtask --help")
     else:
@@ -2431,7 +2457,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """The terminal program, with the process's own arguments unless others are given: its exit code."""
     code = 0
     try:
-        _run(sys.argv[1:] if argv is None else argv)
+        _command(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -2440,11 +2466,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         unset = isinstance(error, ModuleException) and not error.answered and error.status_code < 500
         code = 2 if unset or isinstance(error, ValueError) else 1
         with contextlib.suppress(OSError):  # nobody is there to read it
-            print("xtask:", _one_line(str(error) or repr(error)), file=sys.stderr, flush=True)
+            if sys.stderr:
+                print("xtask:", _one_line(str(error) or repr(error)), file=sys.stderr, flush=True)
     try:
         print(end="", flush=True)
-    except OSError:  # the interpreter, too, would flush what is left, and complain
-        with open(os.devnull, "w") as nowhere:
+    except (OSError, ValueError):  # the interpreter, too, would flush what is left, and complain
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
     return code
 
