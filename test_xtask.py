@@ -38,6 +38,8 @@ import traceback
 import types
 import typing
 import unicodedata
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 from datetime import datetime, timedelta, timezone
@@ -1099,6 +1101,22 @@ def test_no_repr_shows(kind, data):
     assert "s3cret" in json.dumps(event.raw)  # which carries what the platform sent
 
 
+@pytest.mark.parametrize("shown", [
+    "https://h/x.pdf?sig=s3cret", "see https://h/x?sig=s3cret now", "HTTPS://h/x?a=b; name='r'&sig=s3cret",
+    {"access_token": "s3cret"}, [{"deep": {"user_tokens": ["s3cret"]}}], '{"user_oidc_token" : "s3cret"}',
+    'said {"access_token": "s3cr\\"et s3cret"}',
+])
+def test_secrets_are_in_no_repr_however_they_are_wrapped(shown):
+    result = xtask.ToolCallResult("r", "o", payload=shown, result=[shown])
+    assert "s3cret" not in repr(result) + repr(make_task(None, title=shown))
+    assert "s3cret" in json.dumps(result.to_dict()), "what is no secret of ours stays as it came"
+
+
+def test_a_repr_of_what_is_nested_hundreds_deep_is_cut():
+    deep = json.loads("[" * 600 + "]" * 600)
+    assert "..." in repr(xtask.ToolCallRequest("r", "o", payload=deep))
+
+
 def test_the_repr_of_an_activity_entry_hides_tokens():
     entry = {"id": "a", "created_at": "x", "type": "token_ready", "data": {"access_token": "s3cret"}}
     thread = xtask.AgentActivityThread.from_dict({"id": "t", "created_at": None, "messages": [entry]})
@@ -1620,6 +1638,22 @@ def test_a_configuration_reads_the_environment_when_it_is_made(monkeypatch):
     assert xtask.Configuration().base_url.rstrip("/") == "https://inbound.xpander.ai"
 
 
+def test_threads_that_come_at_once_share_the_configuration_of_the_environment(monkeypatch):
+    monkeypatch.setenv("XPANDER_BASE_URL", "http://only-here.test")
+    together, made = threading.Barrier(8), []
+
+    def make():
+        together.wait(10)
+        made.append(make_task(None).configuration)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(made) == 8 and len(set(map(id, made))) == 1
+
+
 def test_a_configuration_is_frozen_has_the_defaults_of_the_contract_and_shows_no_key():
     made = configuration("http://h")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -1772,6 +1806,22 @@ def test_a_failed_save_loses_nothing(failure, face):
     asked = {"text": "Hi", "files": ["a"]}
     assert [(method, body) for method, _, body in arrived(server)] == [
         ("PATCH", {"title": "New", "input": asked}), ("GET", None)]
+
+
+def test_a_field_set_back_while_the_save_was_under_way_stays_so():
+    def change_back(connection):
+        task.title = None
+        task.mcp_servers.clear()
+        connection.answer(200, task_dict(title="New", mcp_servers=[{"name": "a"}]))
+
+    with answering(change_back, (200, task_dict())) as server:
+        task = make_task(server.config)
+        task.title, task.mcp_servers = "New", [{"name": "a"}]
+        task.save()
+        assert (task.title, task.mcp_servers) == (None, [])
+        task.save()
+    assert [body for _, _, body in arrived(server)] == [
+        {"title": "New", "mcp_servers": [{"name": "a"}]}, {"title": None, "mcp_servers": []}]
 
 
 @both_faces
@@ -1984,6 +2034,47 @@ def test_leaving_the_local_platform_does_not_wait_for_a_client_that_does_not_rea
             assert time.monotonic() - began < 10
 
 
+@needs_whole_file
+def test_an_id_of_a_task_that_still_runs_ends_its_run_on_the_local_platform():
+    def endless(task):
+        while True:
+            yield "chunk", "x"
+            time.sleep(0.01)
+
+    with local(endless) as platform:
+        options = {"configuration": platform.config, "events_streaming": True}
+        task = xtask.Task.create("a-1", "Hi", **options)
+        with contextlib.closing(task.events()) as events:
+            next(events)
+            assert xtask.Task.create("a-1", "And?", id=task.id, **options).id == task.id
+            assert [event.data.status for event in events if event.type == "task_finished"] == ["stopped"]
+
+
+@needs_whole_file
+def test_however_an_agent_ends_its_task_does_on_the_local_platform():
+    def leaving(task):
+        yield "chunk", "x"
+        sys.exit("out")
+
+    with local(leaving) as platform:
+        task = xtask.Task.create("a-1", "Hi", configuration=platform.config).wait_finished(10)
+        assert (task.status, task.result) == ("failed", "out")
+        task.input = None
+        assert task.save().input is None and task.get_activity_log().user is None
+
+
+@needs_whole_file
+@pytest.mark.parametrize("body", [b"{", b"[1]", b'"x"'])
+def test_what_is_no_task_is_a_400_on_the_local_platform(body):
+    with local(quick) as platform:
+        url, headers = platform.url + "/agent-execution/a-1", {"x-api-key": "local-key"}
+        request = urllib.request.Request(url, body, headers)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            opener.open(request, timeout=10)
+        assert caught.value.code == 400 and "JSON" in json.loads(caught.value.read())["detail"]
+
+
 def test_stopping_keeps_unsaved_changes_for_the_next_save():
     told = task_dict(title="old")
 
@@ -2071,6 +2162,10 @@ def test_an_answer_that_is_no_task_is_a_module_exception(status, body, headers, 
         assert str(error).startswith(f"[500] 127.0.0.1:{server.port} answered with "), "the host is named"
 
 
+def half_a_head(connection):
+    connection.send("HTTP/1.1 200 OK\r\nContent-Ty")
+
+
 def broken_off(connection):
     connection.reset()
 
@@ -2097,7 +2192,7 @@ def says_nothing(connection):
 
 @both_faces
 @pytest.mark.parametrize(
-    "failure", [broken_off, half_a_line, half_a_body, half_a_chunk, no_http, says_nothing],
+    "failure", [broken_off, half_a_line, half_a_head, half_a_body, half_a_chunk, no_http, says_nothing],
     ids=lambda failure: failure.__name__)
 def test_no_answer_or_half_of_one_is_a_500_that_no_server_said(failure, face):
     def script(connection, number):
@@ -2668,9 +2763,25 @@ def test_a_stream_in_an_unknown_transfer_encoding_is_an_error_and_not_half_its_e
         connection.request()
         connection.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
                         "Transfer-Encoding: identity, chunked\r\n\r\n5\r\ndata:\r\n3\r\n x\n\r\n0\r\n\r\n")
+        connection.wait_closed()
 
-    with RawServer(script) as server, pytest.raises(xtask.ModuleException, match="Transfer-Encoding"):
-        list(make_task(server.config).events())
+    with RawServer(script) as server:
+        with pytest.raises(xtask.ModuleException, match="Transfer-Encoding") as caught:
+            list(make_task(server.config).events())
+        assert server.closed.get(timeout=5) == 1 and caught.tb, "also while somebody keeps the exception"
+
+
+def test_a_key_in_the_content_type_of_a_stream_does_not_make_it_into_the_message():
+    with feed(answers(200, b"", [("Content-Type", f"text/{KEY}")])) as server:
+        with pytest.raises(xtask.ModuleException, match=r"200 text/\*\*\*, not 200 text/event-stream"):
+            follow(server)
+
+
+def test_good_connections_between_those_that_fail_end_the_row(pauses):
+    quiet, failing = plays(": nothing yet\n\n"), answers(503)
+    with feed(failing, quiet, failing, quiet, failing, quiet, plays(FINISHED), max_retries=1) as server:
+        assert [event.type for event in follow(server)] == ["task_finished"]
+        assert len(server.streams) == 7
 
 
 @pytest.mark.parametrize("ask", [lambda task: list(task.events()), lambda task: task.reload()],
@@ -3005,12 +3116,13 @@ sys.exit("a thread was left")
 
 
 @pytest.mark.parametrize("what", ["hold", "collect"])
-def test_a_loop_that_is_closed_under_a_stream_leaves_no_thread_and_no_noise(what):
+@pytest.mark.parametrize("more", [sse("chunk", "x" * 4096), ": ping\n\n"], ids=["events", "comments"])
+def test_a_loop_that_is_closed_under_a_stream_leaves_no_thread_and_no_noise(what, more):
     def script(connection, number):
         connection.request()
         connection.start_stream()
-        while True:
-            connection.event("chunk", "x" * 4096)
+        connection.event("chunk", "1")
+        repeats(more)(connection)
 
     with RawServer(script) as server:
         done = run_python(CLOSED_LOOP, server.url, what)
@@ -4006,6 +4118,62 @@ def test_odd_framing_is_a_module_exception(status, body, pauses):
     assert "in time" not in str(caught.value)
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_what_a_server_sends_after_an_answer_is_nobodys_answer(secure, certificate):
+    def script(connection, number):
+        while connection.request():
+            text = json.dumps(task_dict(title="x" * 9000))
+            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\n\r\n"
+            connection.send(head + text + head + text.replace("x", "y"))  # over TLS: in one record
+
+    with RawServer(script, certificate.context if secure else None) as server:
+        context = ssl.create_default_context(cafile=certificate.file)
+        with configuration(server.url, ssl_context=context) as config:
+            titles = [xtask.Task.load("t-1", config).title[:1] for _ in range(3)]
+    assert titles == ["x"] * 3
+
+
+CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", ["{:x}", "{:016x}", "{:X} ; a=b"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_answer_is_whole_with_its_last_chunk(method, size):
+    def script(connection, number):
+        connection.request()
+        text = json.dumps(task_dict())
+        connection.send(f"{CHUNKED}{size.format(len(text))}\r\n{text}\r\n0\r\n")  # and no line end more
+        connection.wait_closed()
+
+    with RawServer(script) as server:
+        began = time.monotonic()
+        CALLS[method](server.config)
+        assert time.monotonic() - began < 5 and len(server.requests) == 1
+
+
+def test_a_connection_that_is_to_close_is_not_kept_whatever_came_before_the_answer():
+    def script(connection, number):
+        connection.request()
+        connection.send("HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n")
+        connection.answer(200, task_dict(), [("Connection", "close")])
+        connection.wait_closed()
+
+    with RawServer(script) as server:
+        for _ in range(2):
+            xtask.Task.load("t-1", server.config)
+        assert server.connections == 2
+
+
+def test_a_proxy_of_https_itself_is_refused_before_it_gets_a_byte(monkeypatch):
+    with RawServer(play) as proxy:
+        monkeypatch.setenv("http_proxy", f"https://user:s3cret@127.0.0.1:{proxy.port}")
+        with configuration("http://platform.test", max_retries=0) as config:
+            with pytest.raises(xtask.ModuleException, match="must be an http URL") as caught:
+                xtask.Task.load("t-1", config)
+        assert proxy.connections == 0 and "s3cret" not in "".join(traceback.format_exception(
+            type(caught.value), caught.value, caught.value.__traceback__))
+
+
 def test_a_204_ends_with_its_head_whatever_it_says_of_chunks():
     def script(connection, number):
         while connection.request():
@@ -4096,7 +4264,8 @@ def test_a_trusted_host_works(host, names):
                                  "http://127.0.0.1:x/a.txt",
                                  "http://\0/a.txt", "http://..a/a.txt", "http://127.0.0.%31:{port}/a.txt",
                                  "http://%6cocalhost:{port}/a.txt", "http://[fe80::1%25lo]/a.txt",
-                                 "http://x@127.0.0.1:{port}/a.txt",
+                                 "http://x@127.0.0.1:{port}/a.txt", "http://127.0.0.\uff0531:{port}/a.txt",
+                                 "http://127.0.0.\ufe6a31:{port}/a.txt", "http://localhos\uff0574:{port}/a.txt",
                                  "http://127.0.0.1:{port}\\.x.test/a.txt"])
 def test_what_is_no_http_url_is_not_opened(url, tmp_path, dialled):
     path = tmp_path / "a.txt"
@@ -4374,6 +4543,7 @@ def test_a_file_that_fails_says_so_and_the_others_are_not_lost(page):
     ("text/plain; charset=idna", b"xn--a", "xn--a"),
     ("text/plain; charset=\"utf-8\0\"", b"abc", "abc"),
     ("text/plain; charset=nonsense", b"a\xffb", "a\ufffdb"),
+    ("text/plain; charset*=utf-8''x; charset*0=a", "\u00e9".encode(), "\u00e9"),
 ])
 def test_a_file_is_decoded_by_its_charset(content_type, content, text):
     headers = [("Content-Type", content_type)] if content_type else []
@@ -4385,6 +4555,12 @@ def test_a_url_is_sent_percent_encoded_once():
     with answering((200, b"x")) as server:
         assert read_files(server, "/\u00e9 b/%41.txt?q=\u00fc r&s=%20#part") == ["x"]
         assert server.requests[0][1] == "/%C3%A9%20b/%41.txt?q=%C3%BC%20r&s=%20"
+
+
+def test_a_redirect_may_spell_its_target_in_utf_8():
+    where = "/\u00e9.txt".encode().decode("latin-1")  # as http.client and the raw server have it
+    with RawServer(site({"/a.txt": moved(where), "/%C3%A9.txt": b"hello"})) as server:
+        assert read_files(server, "/a.txt") == ["hello"]
 
 
 # -- the message
@@ -4988,10 +5164,11 @@ def test_output_that_is_closed_or_full_shows_no_traceback():
             ran = shell(">&-", *words)
             assert ran.returncode in (0, 1) and b"Traceback" not in ran.stderr
         ran = shell("2>&-", "show", "missing")
-        assert ran.returncode == 1 and b"Traceback" not in ran.stdout
+        assert (ran.returncode, ran.stdout) == (1, b"")
         if os.path.exists("/dev/full"):
-            ran = shell(">/dev/full", "show", task.id)
-            assert ran.returncode == 1 and one_error_line(ran.stderr.decode())
+            for words in (["show", task.id], ["--help"], ["--version"]):
+                ran = shell(">/dev/full", *words)
+                assert ran.returncode == 1 and one_error_line(ran.stderr.decode())
 
 
 @needs_whole_file
@@ -5036,6 +5213,18 @@ def strings(value):
         items = value.values() if isinstance(value, dict) else value
         return [text for item in items for text in strings(item)]
     return [value] if isinstance(value, str) else []
+
+
+@needs_whole_file
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["people", "json"])
+def test_an_event_without_data_is_shown(option, monkeypatch, capsys):
+    with feed(plays('data: {"type": "chunk"}\n\ndata: {"type": "newer"}\n\n' + FINISHED)) as server:
+        server.task = task_dict(status="completed", result="4")
+        for name, value in (("API_KEY", KEY), ("ORGANIZATION_ID", ORG), ("BASE_URL", server.url)):
+            monkeypatch.setenv(f"XPANDER_{name}", value)
+        assert whole.main(["watch", "t-1", *option]) == 0
+    out, err = capsys.readouterr()
+    assert "newer" in out and err == ""
 
 
 @needs_whole_file
