@@ -1638,20 +1638,29 @@ def test_a_configuration_reads_the_environment_when_it_is_made(monkeypatch):
     assert xtask.Configuration().base_url.rstrip("/") == "https://inbound.xpander.ai"
 
 
-def test_threads_that_come_at_once_share_the_configuration_of_the_environment(monkeypatch):
-    monkeypatch.setenv("XPANDER_BASE_URL", "http://only-here.test")
-    together, made = threading.Barrier(8), []
+@pytest.fixture
+def restless_threads():
+    """Threads that take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
+
+def test_threads_that_come_at_once_share_the_configuration_of_the_environment(monkeypatch, restless_threads):
     def make():
         together.wait(10)
         made.append(make_task(None).configuration)
 
-    threads = [threading.Thread(target=make) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert len(made) == 8 and len(set(map(id, made))) == 1
+    for number in range(20):
+        monkeypatch.setenv("XPANDER_BASE_URL", f"http://only-here-{number}.test")
+        together, made = threading.Barrier(8), []
+        threads = [threading.Thread(target=make) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert len(made) == 8 and len(set(map(id, made))) == 1
 
 
 def test_a_configuration_is_frozen_has_the_defaults_of_the_contract_and_shows_no_key():
@@ -4122,9 +4131,9 @@ def test_odd_framing_is_a_module_exception(status, body, pauses):
 def test_what_a_server_sends_after_an_answer_is_nobodys_answer(secure, certificate):
     def script(connection, number):
         while connection.request():
-            text = json.dumps(task_dict(title="x" * 9000))
-            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\n\r\n"
-            connection.send(head + text + head + text.replace("x", "y"))  # over TLS: in one record
+            texts = json.dumps(task_dict(title="x" * 9000)), json.dumps(task_dict(title="y"))
+            head = "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{}"
+            connection.send("".join(head.format(len(text), text) for text in texts))  # in one TLS record
 
     with RawServer(script, certificate.context if secure else None) as server:
         context = ssl.create_default_context(cafile=certificate.file)
