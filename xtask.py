@@ -1009,7 +1009,7 @@ def _wait(seconds: float, line: Optional[_Line] = None) -> None:
 
 
 class _Line:
-    """Holds the socket of a request, so that another thread can hang up."""
+    """Holds the socket that a thread waits for, through all its requests, so that another can hang up."""
 
     def __init__(self) -> None:
         self.hung_up = threading.Event()
@@ -1019,7 +1019,7 @@ class _Line:
     def hold(self, sock: socket.socket) -> None:
         self.socket = sock
         if self.hung_up.is_set():
-            raise ConnectionAbortedError("the stream was left")
+            raise ConnectionAbortedError("it was hung up")
 
     def hang_up(self) -> None:
         self.hung_up.set()
@@ -1036,12 +1036,13 @@ class _Request(urllib.request.Request):
 
     guarded = False  # the URL is a stranger's: judge each address before connecting
     keep = False  # over a kept connection, which is kept again
-    again = False  # it was sent before, over a kept connection that broke
+    was_sent = False  # before, over a kept connection that broke
     hops = 0  # redirects that led here
 
     def __init__(self, method: str, url: str, headers: Mapping[str, str], line: _Line) -> None:
         super().__init__(url, method=method)
-        self.line, self.place = line, self.host  # `host` is the proxy's, once there is one
+        self.line = line
+        self.place = self.host  # of the URL: `host` is where to connect, the proxy's once there is one
         for name, value in headers.items():
             self.add_unredirected_header(name, value)  # add_header's would follow any redirect
 
@@ -1219,7 +1220,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         if kept:
             with contextlib.suppress(*_BROKEN):  # closed while it lay idle: no answer was lost
                 return self._send(kept, request)
-            request.again = True
+            request.was_sent = True
         if request.type == "https" and self._context is None:
             self._context = ssl.create_default_context()  # 20 ms: once, and only for https
         context = self._context if request.type == "https" else None
@@ -1279,7 +1280,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
             self.idle.append(connection)
 
     def http_response(self, request: Any, response: _Response) -> Any:
-        """Follows GET to the same origin, or for files to any; leaves every other status alone."""
+        """urllib asks this of each answer: follows GET to the same origin, or for files to any."""
         if response.status not in (301, 302, 303, 307, 308):
             return response
         response.abandon()
@@ -1381,17 +1382,18 @@ class _Transport:
             try:
                 return self._once(request)
             except ModuleException as error:
-                if method == "DELETE" and error.status_code == 404 and (failures or request.again):
+                if method == "DELETE" and error.status_code == 404 and (failures or request.was_sent):
                     return _Answer(None, b"", request.place)  # the first try did it, its answer was lost
                 pause = self.pause(error, _may_repeat(method, error), failures, request.line)
             _wait(pause, request.line)  # here, so that a Ctrl-C is one plain traceback
             failures += 1
 
-    def pause(self, error: ModuleException, again: bool, failures: int, line: _Line) -> float:
-        """Seconds to the next try, as the server asked or growing and jittered; no further try: the error."""
+    def pause(self, error: ModuleException, may_repeat: bool, failures: int, line: _Line) -> float:
+        """Seconds to the next try, as the server asked or growing and jittered. No next try: the error."""
         growing = min(8.0, 0.5 * 2.0 ** min(failures, 9)) * random.uniform(0.5, 1.0)
         seconds = growing if error._retry_after is None else error._retry_after
-        if not again or failures >= self.max_retries or seconds > _MAX_RETRY_AFTER or line.hung_up.is_set():
+        may_repeat = may_repeat and failures < self.max_retries and not line.hung_up.is_set()
+        if not may_repeat or seconds > _MAX_RETRY_AFTER:
             raise error
         return seconds
 
@@ -1424,7 +1426,7 @@ class _Transport:
 
     def _no_answer(self, place: str, error: Exception) -> ModuleException:
         """The failure of a request that no server answered, or not to the end."""
-        error.args = tuple(map(self.hide, error.args))
+        error.args = tuple(map(self.hide, error.args))  # which a traceback shows as the cause
         reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = f"its certificate is not trusted ({error.verify_message}): name the authority in " \
@@ -1690,7 +1692,7 @@ class _Stream:
                 tells = code == 429 or 500 <= code < 600
                 again = tells if error.answered else isinstance(cause, _TIMEOUTS + _BROKEN)
                 pause = self.configuration._transport.pause(error, again, self.failures, self.line)
-            _wait(pause, self.line)
+            _wait(pause, self.line)  # here, so that a Ctrl-C is one plain traceback
             self.failures += 1
 
     def _open(self) -> _Response:
@@ -1721,7 +1723,7 @@ class _Stream:
             raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.replayed = set(self.seen)
-        chunk, spoke = b"-", time.monotonic()
+        chunk, spoke = b"any but the end", time.monotonic()
         while chunk and not self.finished:
             batch: List[TaskUpdateEvent] = []
             try:
@@ -1814,7 +1816,7 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
     finally:
         for exponent in range(8):  # some 0.1 s: a thread inside a name look-up ends with it
             stream.line.hang_up()  # again: it may have been about to connect
-            room.release()
+            room.release()  # one too many harms nothing: the thread is at its end
             if not thread.is_alive() or loop.is_closed():
                 break
             await asyncio.sleep(0.0005 * 2**exponent)
