@@ -1567,6 +1567,8 @@ ROOTS = [
     ("http://my.com:8085", "http://my.com:8085", "the same/org-1"),
     ("http://localhost:8086", "http://localhost:8086", "the same/org-1"),
     ("my.com:8000/base//", "https://my.com:8000/base", "the same/org-1"),
+    ("my.com/base?x=1#y", "https://my.com/base", "the same/org-1"),
+    ("https://MY.com/Base/", "https://my.com/Base", "the same/org-1"),
     ("https://evil.com/inbound.xpander.ai", "https://evil.com/inbound.xpander.ai", "the same/org-1"),
     ("https://inbound.xpander.ai.evil.com", "https://inbound.xpander.ai.evil.com", "the same/org-1"),
 ]
@@ -1636,6 +1638,17 @@ def test_a_configuration_reads_the_environment_when_it_is_made(monkeypatch):
     monkeypatch.delenv("XPANDER_BASE_URL")
     monkeypatch.setenv("IS_STG", "false")
     assert xtask.Configuration().base_url.rstrip("/") == "https://inbound.xpander.ai"
+
+
+def test_the_shared_configuration_is_that_of_the_environment_as_it_is(monkeypatch):
+    made = []
+    for name, value in (("IS_STG", "true"), ("XPANDER_BASE_URL", "http://h"), ("XPANDER_API_KEY", "k"),
+                        ("XPANDER_ORGANIZATION_ID", "o")):
+        monkeypatch.setenv(name, value)
+        made.append(make_task(None).configuration)
+        assert make_task(None).configuration is made[-1]
+    assert [config.base_url for config in made] == ["https://inbound.stg.xpander.ai"] + ["http://h"] * 3
+    assert (made[-1].api_key, made[-1].organization_id) == ("k", "o") and len(set(map(id, made))) == 4
 
 
 @pytest.fixture
@@ -2846,7 +2859,7 @@ def test_an_end_whose_status_cannot_be_loaded_is_that_error(face, pauses):
 @both_faces
 @pytest.mark.parametrize("mine", [FINISHED, 'data: {"type": "task_finished"}\n\n'], ids=["named", "unnamed"])
 def test_only_this_tasks_end_ends_it_although_the_server_keeps_the_connection_open(face, mine):
-    theirs = sse("task_finished", {"id": "t-2", "result": "half"}, task_id="t-2")
+    theirs = sse("task_finished", {"result": "half"}, task_id="t-2")
     after = sse("chunk", "never seen")
     open_end = plays(theirs + sse("chunk", "1") + mine + after, then=silent)
     with feed(open_end, answers(410), idle_timeout=3) as server:
@@ -2855,6 +2868,7 @@ def test_only_this_tasks_end_ends_it_although_the_server_keeps_the_connection_op
         assert len(server.requests) == 1
     assert [e.type for e in events] == ["task_finished", "chunk", "task_finished"]
     assert (events[0].task_id, events[-1].task_id) == ("t-2", "t-1")
+    assert (events[0].data.id, events[0].data.agent_id, events[-1].task_id) == ("t-2", "a-1", "t-1")
 
 
 @both_faces
@@ -4536,6 +4550,7 @@ def test_a_file_that_fails_says_so_and_the_others_are_not_lost(page):
     ("text/plain; charset=koi8-r", b"\xf0", "\u041f"),
     ("text/plain; charset=Shift_JIS", b"\x82\xa0", "\u3042"),
     ("text/plain; charset=euc-jp", b"\xa4\xa2", "\u3042"),
+    ("text/plain; charset=euc-jp", b"\xa4\xa2\xff", "\u3042\ufffd"),
     ("text/plain; charset=iso-2022-jp", b"\x1b$B$\"\x1b(B", "\u3042"),
     ("text/plain; charset=gb18030", b"\xd6\xd0", "\u4e2d"),
     ("text/plain; charset=big5", b"\xa4\xa4", "\u4e2d"),
@@ -4564,11 +4579,14 @@ def test_a_url_is_sent_percent_encoded_once():
     with answering((200, b"x")) as server:
         assert read_files(server, "/\u00e9 b/%41.txt?q=\u00fc r&s=%20#part") == ["x"]
         assert server.requests[0][1] == "/%C3%A9%20b/%41.txt?q=%C3%BC%20r&s=%20"
+        assert server.requests[0][2]["accept"] == "*/*"
 
 
-def test_a_redirect_may_spell_its_target_in_utf_8():
-    where = "/\u00e9.txt".encode().decode("latin-1")  # as http.client and the raw server have it
-    with RawServer(site({"/a.txt": moved(where), "/%C3%A9.txt": b"hello"})) as server:
+@pytest.mark.parametrize("spelled, asked",
+                         [(b"/\xc3\xa9.txt", "/%C3%A9.txt"), (b"/\xe9.txt", "/%EF%BF%BD.txt")])
+def test_a_redirect_may_spell_its_target_in_utf_8(spelled, asked):
+    target = spelled.decode("latin-1")  # as the raw server and http.client have it
+    with RawServer(site({"/a.txt": moved(target), asked: b"hello"})) as server:
         assert read_files(server, "/a.txt") == ["hello"]
 
 
