@@ -2811,6 +2811,22 @@ def test_a_key_in_the_content_type_of_a_stream_does_not_make_it_into_the_message
             follow(server)
 
 
+NO_ENVELOPES = ["no JSON", "{}", '{"type": 5}', '["type"]', '"type"', "null", '{"type": "chunk"} {}',
+                '{"type": "chunk"', '{"type": ["chunk"]}', "[" * 100_000]
+
+
+@both_faces
+def test_what_is_no_envelope_is_skipped_with_a_warning_and_nothing_else_is(face, caplog):
+    parts = [f"data: {text}\n\n" for text in NO_ENVELOPES]
+    spaced = 'data:  \t{"type": "newer", "data": 1} \n\n'
+    with feed(plays(*parts, spaced, sse("chunk", "1"), *parts, FINISHED)) as server:
+        events = follow(server, face)
+    assert [event.type for event in events] == ["newer", "chunk", "task_finished"]
+    warned = [record for record in caplog.records if record.name == xtask.__name__]
+    assert len(warned) == 2 * len(NO_ENVELOPES) and {record.levelname for record in warned} == {"WARNING"}
+    assert warned[0].getMessage() == "skipped what is not an event: 7 characters that are no envelope"
+
+
 def test_good_connections_between_those_that_fail_end_the_row(pauses):
     quiet, failing = plays(": nothing yet\n\n"), answers(503)
     with feed(failing, quiet, failing, quiet, failing, quiet, plays(FINISHED), max_retries=1) as server:
