@@ -3415,6 +3415,13 @@ QUIET = [  # streams with nothing to say: silent, unanswered, between two tries
 ]
 
 
+def interrupt(process):
+    """Ctrl-C, once it waits: one that falls between CPython's look for signals and a wait is seen after it."""
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    return time.monotonic()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize("script, face", [*((script, "sync") for script in QUIET), (QUIET[0], "async")])
 def test_ctrl_c_ends_the_process_within_a_second_with_one_plain_keyboard_interrupt(face, script):
@@ -3431,9 +3438,7 @@ def test_ctrl_c_ends_the_process_within_a_second_with_one_plain_keyboard_interru
         with subprocess.Popen([sys.executable, "-X", "dev", "-W", "error", "-c", INTERRUPTED, given],
                               env=environment, stderr=subprocess.PIPE, text=True) as process:
             assert reached.wait(15)
-            time.sleep(0.05)  # for it to read, and wait on
-            began = time.monotonic()
-            process.send_signal(signal.SIGINT)
+            began = interrupt(process)
             try:
                 stderr = process.communicate(timeout=15)[1]
             finally:
@@ -5238,7 +5243,7 @@ def test_ctrl_c_is_exit_code_130_and_no_traceback(arguments):
         words = [*arguments, task.id] if arguments[0] == "watch" else arguments
         with start(*words, environ=platform.environ) as process:
             assert process.stdout.readline()
-            process.send_signal(signal.SIGINT)
+            interrupt(process)
             _, err = process.communicate(timeout=10)
         gate.set()
     assert process.returncode == 130 and b"Traceback" not in err and b"Exception" not in err
@@ -5255,7 +5260,7 @@ def test_ctrl_c_during_a_request_is_exit_code_130():
 
     with RawServer(script) as server, start("show", "t-1", environ=server_environ(server)) as process:
         assert asked.wait(10)
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out) == (130, b"") and b"Traceback" not in err
 
