@@ -3416,7 +3416,7 @@ QUIET = [  # streams with nothing to say: silent, unanswered, between two tries
 
 
 def interrupt(process):
-    """Ctrl-C, once it waits: one that falls between CPython's look for signals and a wait is seen after it."""
+    """Ctrl-C, once it waits: between CPython's look for signals and a wait one would be seen too late."""
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     return time.monotonic()
