@@ -963,8 +963,10 @@ class Task(_Record):
             newer = self._fetch(self.id, self.configuration)
         else:
             newer = self._from_answer(answer, self.configuration)
-        old, now = {**self.__dict__, **self.extra}, self.to_dict()
-        meanwhile = {*_difference(before, now), *(before.keys() - now.keys())} if before else ()
+        old, meanwhile = {**self.__dict__, **self.extra}, set()
+        if before:
+            now = self.to_dict()
+            meanwhile = {*_difference(before, now), *(before.keys() - now.keys())}
         self.__dict__.update(newer.__dict__, _configuration=self._configuration)
         for name in meanwhile:
             home = self.__dict__ if name in _plan(type(self)).defaults else self.extra
