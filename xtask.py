@@ -1139,6 +1139,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock = _dial(self.host, self.port, self.judged, line)
         if self.context:
             parts = urllib.parse.urlsplit(request.full_url)
+            self.sock.settimeout(_CONNECT_TIMEOUT)
             if request.proxied:
                 place = request.place if parts.port else f"{request.place}:443"
                 _ask_for_tunnel(self.sock, place, self.authorization)
@@ -1180,7 +1181,6 @@ def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
             line.hold(sock)  # a hang-up while connecting looks like success
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.settimeout(_CONNECT_TIMEOUT)
             return sock
         except BaseException as error:
             sock.close()
@@ -1768,20 +1768,20 @@ class _Stream:
 
     def _last(self, task: Task) -> TaskUpdateEvent:
         """The last event, made from the task, where the stream did not bring it."""
-        kind, organization_id = TaskUpdateEventType.TaskFinished, task.organization_id
-        ended = task.finished_at or task.updated_at or datetime.now(timezone.utc)
-        event = TaskUpdateEvent(kind, self.task_id, organization_id, ended, task)
-        event.raw = event.to_dict()
-        return event
+        data, now = json.loads(task._told), datetime.now(timezone.utc).isoformat()
+        ended = data.get("finished_at") or data.get("updated_at") or now
+        ids = {"task_id": self.task_id, "organization_id": task.organization_id}
+        envelope = {"type": "task_finished", **ids, "time": ended, "data": data}
+        return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
 
-    def relay(self, loop: Any, queue: Any, room: threading.Semaphore) -> None:
+    def relay(self, loop: Any, bell: _Bell, queue: Any, room: threading.Semaphore) -> None:
         """Put the batches into an event loop's queue, from a thread; None or an error is the last word."""
         last: Optional[BaseException] = None
         try:
             with contextlib.closing(self.batches()) as batches:
                 for batch in batches:
                     if batch:
-                        loop.call_soon_threadsafe(queue.put_nowait, batch)
+                        bell.put(loop, queue, batch)
                         while not room.acquire(timeout=1.0) and not loop.is_closed():
                             pass
                     if loop.is_closed() or self.line.hung_up.is_set():
@@ -1789,7 +1789,30 @@ class _Stream:
         except BaseException as error:  # raised again where the consumer is
             last = error
         with contextlib.suppress(RuntimeError):  # the loop was closed under the stream
-            loop.call_soon_threadsafe(queue.put_nowait, last)
+            bell.put(loop, queue, last)
+
+
+class _Bell:
+    """Wakes a loop once for what several threads have: one by one costs 200 streams a tenth more CPU."""
+
+    def __init__(self) -> None:
+        self.waiting: Deque[Tuple[Any, Any]] = deque()
+        self.rung = False
+
+    def put(self, loop: Any, queue: Any, item: Any) -> None:
+        self.waiting.append((queue, item))
+        if not self.rung:
+            self.rung = True
+            loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        self.rung = False  # first: who saw it True before knows that his item is delivered now
+        while self.waiting:
+            queue, item = self.waiting.popleft()
+            queue.put_nowait(item)
+
+
+_bells: weakref.WeakKeyDictionary[Any, _Bell] = weakref.WeakKeyDictionary()  # by loop
 
 
 def _events(stream: _Stream) -> Generator[TaskUpdateEvent, None, None]:
@@ -1803,7 +1826,8 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
 
     queue: asyncio.Queue[Any] = asyncio.Queue()
     loop, room = asyncio.get_running_loop(), threading.Semaphore(_RELAY_BATCHES)
-    thread = threading.Thread(target=stream.relay, args=(loop, queue, room), daemon=True)
+    bell = _bells.setdefault(loop, _Bell())
+    thread = threading.Thread(target=stream.relay, args=(loop, bell, queue, room), daemon=True)
     thread.start()
     try:
         while True:
