@@ -2017,49 +2017,48 @@ def _local_agent(task: Dict[str, Any]) -> _Play:
     about = str(task["input"]["text"])[:60]
     thought = {"title": "Plan", "confidence": 0.9, "thought": "One search will do.", "action": "Search"}
     call = {"request_id": "r2", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
-    answer = f"A played answer to: {about}\nIt found three hits, and nothing left this machine."
     yield "think", {"request_id": "r1", "operation_id": "think", "payload": {"input": thought}}
     yield "tool_call_request", call
     yield "tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}
+    answer = f"A played answer to: {about}\nIt found three hits, and nothing left this machine."
     for word in re.findall(r"\s*\S+", answer):
         time.sleep(0.05)
         yield "chunk", word
     return answer
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(_mask(value), ensure_ascii=False, default=str)
-
-
-def _within(value: Any, *names: str) -> Dict[str, Any]:
-    """The object at this path of names; an empty one where there is none."""
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
+def _local_entry(kind: str, data: Any) -> Dict[str, Any]:
+    """What an event leaves in the activity log, if anything."""
+    if kind in ("tool_call_result", "sub_agent_trigger", "auth_event"):
+        return _within(data)
+    if kind in ("think", "analyze"):
+        return {"type": kind, **_within(data, "payload", "input")}
+    if kind == "task_created":
+        asked = _within(data, "input")
+        return {"role": "user", "content": {"text": asked.get("text"), "files": asked.get("files")}}
+    if kind == "task_finished" and _within(data).get("status") == "completed":
+        return {"role": "agent", "content": {"text": data["result"], "files": None}}
+    return {}
 
 
 class _LocalRun:
-    """One run of a task: its events as they go over the wire, its log, and its agent's play."""
+    """One run of a task: its events, its log, and its agent's play."""
 
     def __init__(self, task: Dict[str, Any], messages: List[Dict[str, Any]], lock: Any) -> None:
         self.task, self.messages, self.over = task, messages, False
-        self.events: List[bytes] = []
+        self.events: List[bytes] = []  # as they go over the wire
         self.changed = threading.Condition(lock)  # one a run, so that an event wakes its own readers only
         self.emit("connected", {})
-        content = {name: task["input"][name] for name in ("text", "files")}
-        self.emit("task_created", task, {"role": "user", "content": content})
+        self.emit("task_created", task)
 
-    def emit(self, kind: str, data: Any, entry: Optional[Dict[str, Any]] = None) -> bool:
+    def emit(self, kind: str, data: Any) -> bool:
         """Add an event and its entry in the log; or nothing, and return False, when the run is over."""
         with self.changed:
             if not self.over:
                 now, ids = _local_time(), {"task_id": self.task["id"], "organization_id": "local-org"}
                 text = json.dumps({"type": kind, **ids, "time": now, "data": data})
                 self.events.append(f"id: {len(self.events) + 1}\ndata: {text}\n\n".encode())
-                if kind in ("think", "analyze"):
-                    entry = {"type": kind, **_within(data, "payload", "input")}
-                elif kind in ("tool_call_result", "sub_agent_trigger", "auth_event"):
-                    entry = _within(data)
+                entry = _local_entry(kind, data)
                 if entry:
                     self.messages.append({**entry, "id": f"a{len(self.messages) + 1}", "created_at": now})
                 self.changed.notify_all()
@@ -2070,16 +2069,11 @@ class _LocalRun:
         with self.changed:
             if late or not self.over:
                 self.task.update(changes, updated_at=_local_time())
-            status = str(self.task["status"])
-            if not self.over and AgentExecutionStatus(status).is_final:
+            if not self.over and AgentExecutionStatus(str(self.task["status"])).is_final:
                 self.task["finished_at"] = self.task["updated_at"]
-                said = {"role": "agent", "content": {"text": self.task["result"], "files": None}}
-                self.emit("task_finished", self.task, said if status == "completed" else None)
+                self.emit("task_finished", self.task)
                 self.over = True
             return self.task
-
-    def end(self, status: str, **changes: Any) -> Dict[str, Any]:
-        return self.change({"status": status, **changes})
 
     def play(self, agent: Callable[[Dict[str, Any]], _Play]) -> None:
         """Run the agent to its end, or to its first event after the end of the run."""
@@ -2090,17 +2084,18 @@ class _LocalRun:
                 pass
         except StopIteration as end:
             text = end.value is None or isinstance(end.value, str)
-            self.end("completed", result=end.value if text else json.dumps(end.value))
+            result = end.value if text else json.dumps(end.value)
+            self.change({"status": "completed", "result": result})
         except BaseException as error:  # SystemExit, too, is this agent's end alone
-            self.end("failed", result=str(error) or repr(error))
+            self.change({"status": "failed", "result": str(error) or repr(error)})
 
     def log(self) -> Dict[str, Any]:
         kept = {"id": self.task["id"], "created_at": self.task["created_at"]}
         return {**kept, "messages": self.messages, "user": _within(self.task, "input", "user") or None}
 
-    def stream(self, seen: int) -> Iterator[bytes]:
-        """What follows the first `seen` events, as it comes, to the end of the run."""
-        fresh = [b"retry: 100\n\n"]
+    def stream(self, last_id: str) -> Iterator[bytes]:
+        """The events after that one, as they come, to the end of the run."""
+        seen, fresh = int(last_id) if last_id.isdecimal() else 0, [b"retry: 100\n\n"]
         while fresh:
             yield b"".join(fresh)
             with self.changed:
@@ -2128,8 +2123,6 @@ class LocalPlatform:
         self.requests: List[Tuple[str, str, Dict[str, str], Any]] = []
         self._agent, self._lock = agent or _local_agent, threading.RLock()
         self._runs: Dict[str, _LocalRun] = {}
-        self._threads: List[threading.Thread] = []
-        self._open: Dict[threading.Thread, socket.socket] = {}  # connections, which clients keep
 
     def __enter__(self) -> LocalPlatform:
         from http.server import BaseHTTPRequestHandler
@@ -2139,7 +2132,7 @@ class LocalPlatform:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-            wbufsize = -1  # a head and its body in one packet
+            wbufsize, timeout = -1, 30  # one packet for head and body; seconds for a client that stands still
 
             def do_GET(self) -> None:
                 platform._serve(self)
@@ -2149,43 +2142,29 @@ class LocalPlatform:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        def handle(connection: socket.socket, *rest: Any) -> None:
-            self._open[threading.current_thread()] = connection
-            with contextlib.suppress(OSError):  # a client that left is no error
-                Handler(connection, *rest)
-            del self._open[threading.current_thread()]
+        class Server(ThreadingTCPServer):
+            daemon_threads, request_queue_size = True, 512
 
-        self._server = ThreadingTCPServer(("127.0.0.1", 0), handle)  # type: ignore[arg-type]
-        self._server.daemon_threads = True  # its end does not wait for them
-        self._server.socket.listen(512)
+            def handle_error(self, *_: Any) -> None:
+                pass  # a client that left
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
         self.configuration = Configuration("local-key", "local-org", self.url)
         # A proxy in the environment must not come between; __dict__, because it is frozen.
         self.configuration.__dict__["_transport"] = _Transport(self.configuration, proxies={})
         self.environ = {"XPANDER_API_KEY": "local-key", "XPANDER_ORGANIZATION_ID": "local-org"}
         self.environ.update(XPANDER_BASE_URL=self.url, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
-        self._start(self._server.serve_forever, 0.02)
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
+        self._server.server_close()
         with self._lock:
             for run in self._runs.values():
-                run.end("stopped")
-        self._server.server_close()
-        for thread, connection in list(self._open.items()):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)
-            self._threads.append(thread)
-        for thread in self._threads:
-            thread.join(0.5)  # not for ever: an agent may be stuck, or a client that does not read
+                run.change({"status": "stopped"})
         self.configuration.close()
-
-    def _start(self, target: Callable[..., Any], *args: Any) -> None:
-        thread = threading.Thread(target=target, args=args, daemon=True)
-        with self._lock:
-            thread.start()
-            self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
 
     def _serve(self, handler: Any) -> None:
         """Answer one request, with JSON or a stream."""
@@ -2204,12 +2183,10 @@ class LocalPlatform:
             text = b"" if streamed else json.dumps(answer).encode()  # now, under the lock
         handler.send_response(status)
         handler.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
-        if streamed:
-            handler.send_header("Connection", "close")  # which tells where a stream ends
-        else:
-            handler.send_header("Content-Length", str(len(text)))
+        # the end of its connection tells where a stream ends
+        handler.send_header(*("Connection", "close") if streamed else ("Content-Length", str(len(text))))
         handler.end_headers()
-        for piece in answer if streamed else (text,):
+        for piece in answer if streamed else [text]:
             handler.wfile.write(piece)
             handler.wfile.flush()
 
@@ -2217,16 +2194,16 @@ class LocalPlatform:
         if headers.get("x-api-key") != "local-key":
             raise ModuleException(401, "Invalid API key")
         place, _, query = request.partition("?")
+        stopped = {"status": "stopped", "is_manually_stopped": True}
         last_id = headers.get("last-event-id", "")
-        seen, by_hand = int(last_id) if last_id.isdecimal() else 0, {"is_manually_stopped": True}
         routes: Dict[str, Callable[[str], Any]] = {
             "POST /agent-execution/([^/]+)": lambda name: self._create(name, body),
             "GET /agent-execution/executions/history/([^/]+)": lambda name: self._list(name, query),
             "GET /agent-execution/([^/]+)/status": lambda name: self._find(name).task,
             "PATCH /agent-execution/([^/]+)/update": lambda name: self._find(name).change(body, late=True),
-            "DELETE /agent-execution/([^/]+)": lambda name: self._find(name).end("stopped", **by_hand),
+            "DELETE /agent-execution/([^/]+)": lambda name: self._find(name).change(stopped),
             "GET /activity/[^/]+/([^/]+)": lambda name: self._find(name).log(),
-            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self._find(name).stream(seen),
+            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self._find(name).stream(last_id),
         }
         for pattern, answer in routes.items():
             found = re.fullmatch(pattern, place)
@@ -2244,15 +2221,14 @@ class LocalPlatform:
 
         now, asked = _local_time(), {"text": None, "files": None, "user": None, **(given.get("input") or {})}
         ids = {"id": str(uuid.uuid4()), "agent_id": agent_id, "organization_id": "local-org"}
-        task: Dict[str, Any] = {**ids, "result": None, **given}
-        task.update(input=asked, status="pending", created_at=now, updated_at=now)
-        task["parent_execution"] = task.pop("parent_execution_id", None)
+        task: Dict[str, Any] = {**ids, "result": None, **given, "input": asked, "status": "pending"}
+        task.update(created_at=now, updated_at=now, parent_execution=task.pop("parent_execution_id", None))
         earlier = self._runs.get(task["id"])  # an id continues a task
         if earlier:
-            earlier.end("stopped")
+            earlier.change({"status": "stopped"})
         run = _LocalRun(task, earlier.messages if earlier else [], self._lock)
         self._runs[task["id"]], self.tasks[task["id"]] = run, task
-        self._start(run.play, self._agent)
+        threading.Thread(target=run.play, args=(self._agent,), daemon=True).start()
         return task
 
     def _list(self, agent_id: str, query: str) -> List[Dict[str, Any]]:
@@ -2302,6 +2278,17 @@ _KINDS: Dict[type, str] = {  # entries that are told as the event that left them
     AgentActivityThreadToolCall: "tool_call_result", AgentActivityThreadAuth: "auth_event",
     AgentActivityThreadSubAgentTrigger: "sub_agent_trigger",
 }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(_mask(value), ensure_ascii=False, default=str)
+
+
+def _within(value: Any, *names: str) -> Dict[str, Any]:
+    """The object at this path of names; an empty one where there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def _cut(text: str) -> str:
