@@ -2128,14 +2128,12 @@ class LocalPlatform:
         from http.server import BaseHTTPRequestHandler
         from socketserver import ThreadingTCPServer  # HTTPServer asks the name service for the host's name
 
-        platform = self
-
         class Handler(BaseHTTPRequestHandler):
             protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
             wbufsize, timeout = -1, 30  # one packet for head and body; seconds for a client that stands still
 
-            def do_GET(self) -> None:
-                platform._serve(self)
+            def do_GET(handler) -> None:  # `self` is the platform
+                self._serve(handler)
 
             do_POST = do_PATCH = do_DELETE = do_GET
 
@@ -2174,47 +2172,42 @@ class LocalPlatform:
             try:
                 body = json.loads(text) if text else None
                 self.requests.append((handler.command, handler.path, headers, body))
-                status, answer = 200, self._answer(f"{handler.command} {handler.path}", headers, body or {})
-            except ModuleException as error:
-                status, answer = error.status_code, {"detail": error.description}
+                status, answer = self._answer(f"{handler.command} {handler.path}", headers, body or {})
+            except KeyError:
+                status, answer = 404, {"detail": "Task not found"}
             except (ValueError, TypeError, AttributeError) as error:
                 status, answer = 400, {"detail": f"not the JSON that is expected: {error}"}
             streamed = isinstance(answer, Iterator)
-            text = b"" if streamed else json.dumps(answer).encode()  # now, under the lock
+            pieces = answer if streamed else [json.dumps(answer).encode()]  # now, under the lock
         handler.send_response(status)
         handler.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
         # the end of its connection tells where a stream ends
-        handler.send_header(*("Connection", "close") if streamed else ("Content-Length", str(len(text))))
+        handler.send_header(*("Connection", "close") if streamed else ("Content-Length", str(len(pieces[0]))))
         handler.end_headers()
-        for piece in answer if streamed else [text]:
+        for piece in pieces:
             handler.wfile.write(piece)
             handler.wfile.flush()
 
-    def _answer(self, request: str, headers: Dict[str, str], body: Dict[str, Any]) -> Any:
+    def _answer(self, request: str, headers: Dict[str, str], body: Dict[str, Any]) -> Tuple[int, Any]:
         if headers.get("x-api-key") != "local-key":
-            raise ModuleException(401, "Invalid API key")
+            return 401, {"detail": "Invalid API key"}
         place, _, query = request.partition("?")
         stopped = {"status": "stopped", "is_manually_stopped": True}
         last_id = headers.get("last-event-id", "")
         routes: Dict[str, Callable[[str], Any]] = {
             "POST /agent-execution/([^/]+)": lambda name: self._create(name, body),
             "GET /agent-execution/executions/history/([^/]+)": lambda name: self._list(name, query),
-            "GET /agent-execution/([^/]+)/status": lambda name: self._find(name).task,
-            "PATCH /agent-execution/([^/]+)/update": lambda name: self._find(name).change(body, late=True),
-            "DELETE /agent-execution/([^/]+)": lambda name: self._find(name).change(stopped),
-            "GET /activity/[^/]+/([^/]+)": lambda name: self._find(name).log(),
-            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self._find(name).stream(last_id),
+            "GET /agent-execution/([^/]+)/status": lambda name: self._runs[name].task,
+            "PATCH /agent-execution/([^/]+)/update": lambda name: self._runs[name].change(body, late=True),
+            "DELETE /agent-execution/([^/]+)": lambda name: self._runs[name].change(stopped),
+            "GET /activity/[^/]+/([^/]+)": lambda name: self._runs[name].log(),
+            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self._runs[name].stream(last_id),
         }
         for pattern, answer in routes.items():
             found = re.fullmatch(pattern, place)
             if found:
-                return answer(urllib.parse.unquote(found[1]))
-        raise ModuleException(404, "Not Found")
-
-    def _find(self, task_id: str) -> _LocalRun:
-        if task_id not in self._runs:
-            raise ModuleException(404, "Task not found")
-        return self._runs[task_id]
+                return 200, answer(urllib.parse.unquote(found[1]))
+        return 404, {"detail": "Not Found"}
 
     def _create(self, agent_id: str, given: Dict[str, Any]) -> Dict[str, Any]:
         import uuid
@@ -2235,9 +2228,10 @@ class LocalPlatform:
         wanted, found = {"agent_id": agent_id, **dict(urllib.parse.parse_qsl(query))}, []
         for task in self.tasks.values():
             user_id = _within(task, "input", "user").get("id")
-            found.append({**task, "parent_task_id": task["parent_execution"], "user_id": user_id})
-        names = [item.name for item in dataclasses.fields(TasksListItem) if item.name != "extra"]
-        return [{name: item.get(name) for name in names} for item in found if wanted.items() <= item.items()]
+            item = {**task, "parent_task_id": task.get("parent_execution"), "user_id": user_id}
+            if wanted.items() <= item.items():
+                found.append({name: item.get(name) for name in _plan(TasksListItem).defaults})
+        return found
 
 
 # ---- Terminal ----------------------------------------------------------------------------------------------
