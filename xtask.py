@@ -2079,13 +2079,14 @@ class _LocalRun:
         """Run the agent to its end, or to its first event after the end of the run."""
         self.emit("task_updated", self.change({"status": "executing", "started_at": _local_time()}))
         try:
-            events = agent(self.task)
-            while self.emit(*next(events)):
-                pass
-        except StopIteration as end:
-            text = end.value is None or isinstance(end.value, str)
-            result = end.value if text else json.dumps(end.value)
-            self.change({"status": "completed", "result": result})
+            try:
+                events = agent(self.task)
+                while self.emit(*next(events)):
+                    pass
+            except StopIteration as end:
+                text = end.value is None or isinstance(end.value, str)
+                result = end.value if text else json.dumps(end.value)
+                self.change({"status": "completed", "result": result})
         except BaseException as error:  # SystemExit, too, is this agent's end alone
             self.change({"status": "failed", "result": str(error) or repr(error)})
 
@@ -2123,6 +2124,7 @@ class LocalPlatform:
         self.requests: List[Tuple[str, str, Dict[str, str], Any]] = []
         self._agent, self._lock = agent or _local_agent, threading.RLock()
         self._runs: Dict[str, _LocalRun] = {}
+        self._served: weakref.WeakKeyDictionary[threading.Thread, Any] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> LocalPlatform:
         from http.server import BaseHTTPRequestHandler
@@ -2162,6 +2164,11 @@ class LocalPlatform:
         with self._lock:
             for run in self._runs.values():
                 run.change({"status": "stopped"})
+            served = list(self._served.items())
+        for thread, connection in served:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)  # or a kept one would go on to be served
+            thread.join(0.5)  # not for ever: its client may not read
         self.configuration.close()
 
     def _serve(self, handler: Any) -> None:
@@ -2169,6 +2176,7 @@ class LocalPlatform:
         text = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
+            self._served[threading.current_thread()] = handler.connection
             try:
                 body = json.loads(text) if text else None
                 self.requests.append((handler.command, handler.path, headers, body))
