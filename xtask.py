@@ -2283,7 +2283,16 @@ _KINDS: Dict[type, str] = {  # entries that are told as the event that left them
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(_mask(value), ensure_ascii=False, default=str)
+    """A value as text that neither steers a terminal nor fails to be encoded for standard output."""
+    text = value if isinstance(value, str) else json.dumps(_mask(value), ensure_ascii=False)
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def _one_line(value: Any) -> str:
+    """A value for people, on one line and without secrets."""
+    return " ".join(_text(_mask(value)).split())
 
 
 def _within(value: Any, *names: str) -> Dict[str, Any]:
@@ -2302,20 +2311,8 @@ def _cut(text: str) -> str:
     for at, sign in enumerate(text):
         room -= 2 if unicodedata.east_asian_width(sign) in "WF" else 1
         if room < 0:
-            return text[: max(0, at - 3)] + "..."
+            return text[: at - 3] + "..."
     return text
-
-
-def _printable(text: str) -> str:
-    """Text that neither steers a terminal nor fails to be encoded for standard output."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
-
-
-def _one_line(value: Any) -> str:
-    """A value for people, on one line and without secrets."""
-    return " ".join(_printable(_text(_mask(value))).split())
 
 
 def _clock(when: Any, form: str = "%H:%M:%S") -> str:
@@ -2371,15 +2368,12 @@ class _Screen:
         self.ticker = threading.Thread(target=self.tick, daemon=True)
 
     def __enter__(self) -> _Screen:
-        if self.live:
-            self.ticker.start()
+        self.ticker.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.left.set()
-        if self.live:
-            self.ticker.join()
-        self.live = False
+        self.ticker.join()
         self.write("\n" * self.in_line)
 
     def tick(self) -> None:
@@ -2392,10 +2386,10 @@ class _Screen:
         with self.lock:
             self.in_line = not text.endswith("\n") if text else self.in_line
             wipe, self.drawn = "\r" + " " * len(self.drawn) + "\r" if self.drawn else "", ""
-            if self.task and self.live and not self.in_line:
+            if self.task and self.live and not (self.in_line or self.left.is_set()):
                 self.drawn = _cut(f"{_span(self.task, datetime.now(timezone.utc))}  {self.doing}")
             if not self.as_json:
-                print(wipe + _printable(text) + self.drawn, end="", flush=True)
+                print(wipe + text + self.drawn, end="", flush=True)
 
     def show(self, told: Union[Task, TasksListItem, AgentActivityThread, TaskUpdateEvent]) -> None:
         if self.as_json:  # ASCII alone, so that it can be encoded and steers no terminal
@@ -2413,12 +2407,13 @@ class _Screen:
 def _follow(task: Task, as_json: bool) -> None:
     """Show a task's events to its end, which alone is shown of a task without a stream."""
     with _Screen(as_json, task) as screen:
-        screen.write(f"{_clock(task.created_at)}  task       {task.id}\n")  # whole: to watch it again
-        for event in task.events() if task.events_streaming else ():
+        screen.write(f"{_clock(task.created_at)}  task       {_one_line(task.id)}\n")  # to watch it again
+        events = task.events() if task.events_streaming else ()
+        for event in events:
             screen.show(event)
         # the last event may hold a trimmed task, and a server may tell the status a little later
-        task.wait_finished(10 if task.events_streaming else None)
-        if not task.events_streaming:
+        task.wait_finished(10 if events else None)
+        if not events:
             end = {"type": "task_finished", "task_id": task.id, "data": task.to_dict()}
             screen.show(TaskUpdateEvent.from_dict(end))
     screen.write(_tell(task.finished_at, str(task.status), "after " + _span(task, task.finished_at)) + "\n")
@@ -2434,8 +2429,7 @@ def _obey(command: str, words: List[str], files: List[str], as_json: bool) -> No
             prompt, configuration = "What can this file do?", platform.configuration
             task = Task.create("demo-agent", prompt, configuration=configuration, events_streaming=True)
             _follow(task, as_json)
-            screen.write("\nActivity log\n")
-            screen.write("".join(_lines(task.get_activity_log())))  # which --json does without
+            screen.write("\nActivity log\n" + "".join(_lines(task.get_activity_log())))  # not for programs
     elif command == "list":
         for item in Task.list(words[0]):
             screen.show(item)
