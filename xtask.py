@@ -2084,8 +2084,7 @@ class _LocalRun:
                 while self.emit(*next(events)):
                     pass
             except StopIteration as end:
-                text = end.value is None or isinstance(end.value, str)
-                result = end.value if text else json.dumps(end.value)
+                result = end.value if isinstance(end.value, (str, type(None))) else json.dumps(end.value)
                 self.change({"status": "completed", "result": result})
         except BaseException as error:  # SystemExit, too, is this agent's end alone
             self.change({"status": "failed", "result": str(error) or repr(error)})
@@ -2341,22 +2340,6 @@ def _tell(when: Any, kind: str, data: Any) -> str:
     return _cut(f"{_clock(when)}  {label:<10} {told}".rstrip()) + (f"\n{_text(uncut)}\n" if uncut else "\n")
 
 
-def _lines(told: Union[Task, TasksListItem, AgentActivityThread]) -> Iterator[str]:
-    """A log, an item of a list on one line, or a task and, uncut, its result."""
-    if isinstance(told, AgentActivityThread):
-        for entry in told.messages if isinstance(told.messages, list) else []:
-            kind = _KINDS.get(type(entry)) or getattr(entry, "role", None) or getattr(entry, "type", "other")
-            yield _tell(getattr(entry, "created_at", None), str(kind), _plain(entry))
-    elif isinstance(told, TasksListItem):
-        facts = _clock(told.created_at, "%Y-%m-%d %H:%M"), told.status or "", told.id, told.title or ""
-        yield _cut("{:<16}  {:<10}  {}  {}".format(*map(_one_line, facts)).rstrip()) + "\n"
-    else:
-        for name, value in _mask(told.to_dict()).items():
-            if name != "result" and value not in (None, False, "", [], {}):
-                yield _cut(f"{_one_line(name):<22} {_one_line(value)}") + "\n"
-        yield "" if told.result is None else _text(told.result) + "\n"
-
-
 class _Screen:
     """Standard output: JSON for programs; for people text, and on a terminal a live line below it."""
 
@@ -2392,10 +2375,21 @@ class _Screen:
                 print(wipe + text + self.drawn, end="", flush=True)
 
     def show(self, told: Union[Task, TasksListItem, AgentActivityThread, TaskUpdateEvent]) -> None:
+        """A log in rows, an item of a list in one, a task with its result, which is not cut, or an event."""
         if self.as_json:  # ASCII alone, so that it can be encoded and steers no terminal
             print(json.dumps(told.raw if isinstance(told, TaskUpdateEvent) else told.to_dict()), flush=True)
-        elif not isinstance(told, TaskUpdateEvent):
-            self.write("".join(_lines(told)))
+        elif isinstance(told, AgentActivityThread):
+            for entry in told.messages if isinstance(told.messages, list) else []:
+                kind = _KINDS.get(type(entry)) or getattr(entry, "role", getattr(entry, "type", "other"))
+                self.write(_tell(getattr(entry, "created_at", None), str(kind), _plain(entry)))
+        elif isinstance(told, TasksListItem):
+            facts = _clock(told.created_at, "%Y-%m-%d %H:%M"), told.status or "", told.id, told.title or ""
+            self.write(_cut("{:<16}  {:<10}  {}  {}".format(*map(_one_line, facts)).rstrip()) + "\n")
+        elif isinstance(told, Task):
+            for name, value in _mask(told.to_dict()).items():
+                if name != "result" and value not in (None, False, "", [], {}):
+                    self.write(_cut(f"{_one_line(name):<22} {_one_line(value)}") + "\n")
+            self.write("" if told.result is None else _text(told.result) + "\n")
         elif self.task and told.task_id == self.task.id and told.type in ("chunk", "task_finished"):
             self.doing = "answering"
             self.write(_text(told.raw.get("data", "")) if told.type == "chunk" else "")
@@ -2429,7 +2423,9 @@ def _obey(command: str, words: List[str], files: List[str], as_json: bool) -> No
             prompt, configuration = "What can this file do?", platform.configuration
             task = Task.create("demo-agent", prompt, configuration=configuration, events_streaming=True)
             _follow(task, as_json)
-            screen.write("\nActivity log\n" + "".join(_lines(task.get_activity_log())))  # not for programs
+            if not as_json:
+                screen.write("\nActivity log\n")
+                screen.show(task.get_activity_log())
     elif command == "list":
         for item in Task.list(words[0]):
             screen.show(item)
