@@ -2027,20 +2027,6 @@ def _local_agent(task: Dict[str, Any]) -> _Play:
     return answer
 
 
-def _local_entry(kind: str, data: Any) -> Dict[str, Any]:
-    """What an event leaves in the activity log, if anything."""
-    if kind in ("tool_call_result", "sub_agent_trigger", "auth_event"):
-        return _within(data)
-    if kind in ("think", "analyze"):
-        return {"type": kind, **_within(data, "payload", "input")}
-    if kind == "task_created":
-        asked = _within(data, "input")
-        return {"role": "user", "content": {"text": asked.get("text"), "files": asked.get("files")}}
-    if kind == "task_finished" and _within(data).get("status") == "completed":
-        return {"role": "agent", "content": {"text": data["result"], "files": None}}
-    return {}
-
-
 class _LocalRun:
     """One run of a task: its events, its log, and its agent's play."""
 
@@ -2049,16 +2035,20 @@ class _LocalRun:
         self.events: List[bytes] = []  # as they go over the wire
         self.changed = threading.Condition(lock)  # one a run, so that an event wakes its own readers only
         self.emit("connected", {})
-        self.emit("task_created", task)
+        content = {name: task["input"][name] for name in ("text", "files")}
+        self.emit("task_created", task, {"role": "user", "content": content})
 
-    def emit(self, kind: str, data: Any) -> bool:
+    def emit(self, kind: str, data: Any, entry: Optional[Dict[str, Any]] = None) -> bool:
         """Add an event and its entry in the log; or nothing, and return False, when the run is over."""
         with self.changed:
             if not self.over:
                 now, ids = _local_time(), {"task_id": self.task["id"], "organization_id": "local-org"}
                 text = json.dumps({"type": kind, **ids, "time": now, "data": data})
                 self.events.append(f"id: {len(self.events) + 1}\ndata: {text}\n\n".encode())
-                entry = _local_entry(kind, data)
+                if kind in ("think", "analyze"):
+                    entry = {"type": kind, **_within(data, "payload", "input")}
+                elif kind in _LEFT_BY.values():
+                    entry = _within(data)
                 if entry:
                     self.messages.append({**entry, "id": f"a{len(self.messages) + 1}", "created_at": now})
                 self.changed.notify_all()
@@ -2071,7 +2061,8 @@ class _LocalRun:
                 self.task.update(changes, updated_at=_local_time())
             if not self.over and AgentExecutionStatus(str(self.task["status"])).is_final:
                 self.task["finished_at"] = self.task["updated_at"]
-                self.emit("task_finished", self.task)
+                said = {"role": "agent", "content": {"text": self.task["result"], "files": None}}
+                self.emit("task_finished", self.task, said if self.task["status"] == "completed" else None)
                 self.over = True
             return self.task
 
@@ -2275,7 +2266,7 @@ _TIMELINE: Dict[Any, Tuple[str, str, Tuple[str, ...]]] = {
     "user": ("user", "", ("text", "files")),
     "agent": ("agent", "", ()),
 }
-_KINDS: Dict[type, str] = {  # entries that are told as the event that left them in the log
+_LEFT_BY: Dict[type, str] = {  # entries of a log that are the data of an event, and are told as it is
     AgentActivityThreadToolCall: "tool_call_result", AgentActivityThreadAuth: "auth_event",
     AgentActivityThreadSubAgentTrigger: "sub_agent_trigger",
 }
@@ -2380,7 +2371,7 @@ class _Screen:
             print(json.dumps(told.raw if isinstance(told, TaskUpdateEvent) else told.to_dict()), flush=True)
         elif isinstance(told, AgentActivityThread):
             for entry in told.messages if isinstance(told.messages, list) else []:
-                kind = _KINDS.get(type(entry)) or getattr(entry, "role", getattr(entry, "type", "other"))
+                kind = _LEFT_BY.get(type(entry)) or getattr(entry, "role", getattr(entry, "type", "other"))
                 self.write(_tell(getattr(entry, "created_at", None), str(kind), _plain(entry)))
         elif isinstance(told, TasksListItem):
             facts = _clock(told.created_at, "%Y-%m-%d %H:%M"), told.status or "", told.id, told.title or ""
