@@ -2094,6 +2094,39 @@ def test_however_an_agent_ends_its_task_does_on_the_local_platform():
 
 
 @needs_whole_file
+def test_a_result_that_is_no_json_fails_its_task_on_the_local_platform():
+    def agent(task):
+        yield "chunk", "x"
+        return {1, 2}
+
+    with local(agent) as platform:
+        task = xtask.Task.create("a-1", "Hi", configuration=platform.config).wait_finished(10)
+    assert task.status == "failed" and "JSON" in task.result
+
+
+@needs_whole_file
+def test_events_that_look_like_the_platforms_own_leave_no_message_in_the_local_log():
+    def agent(task):
+        yield "task_created", {"input": {"text": "not the user's"}}
+        yield "task_finished", {"status": "completed"}
+        return "4"
+
+    with local(agent) as platform:
+        task = xtask.Task.create("a-1", "Hi", configuration=platform.config).wait_finished(10)
+        said = [entry.content.text for entry in task.get_activity_log().messages]
+    assert (task.status, said) == ("completed", ["Hi", "4"])
+
+
+@needs_whole_file
+def test_nobody_is_served_after_the_end_of_the_local_platform():
+    with local(quick, max_retries=0) as platform:
+        task = xtask.Task.create("a-1", "Hi", configuration=platform.config).wait_finished(10)
+        platform.__exit__()
+        with pytest.raises(xtask.ModuleException, match="refused"):  # though its connection was kept
+            task.reload()
+
+
+@needs_whole_file
 @pytest.mark.parametrize("body", [b"{", b"[1]", b'"x"'])
 def test_what_is_no_task_is_a_400_on_the_local_platform(body):
     with local(quick) as platform:
