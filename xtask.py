@@ -2047,7 +2047,7 @@ class _LocalRun:
                 self.events.append(f"id: {len(self.events) + 1}\ndata: {text}\n\n".encode())
                 if kind in ("think", "analyze"):
                     entry = {"type": kind, **_within(data, "payload", "input")}
-                elif kind in _LEFT_BY.values():
+                elif kind in ("tool_call_result", "sub_agent_trigger", "auth_event"):
                     entry = _within(data)
                 if entry:
                     self.messages.append({**entry, "id": f"a{len(self.messages) + 1}", "created_at": now})
