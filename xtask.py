@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import email.utils
+import functools
 import http.client
 import json
 import math
@@ -220,27 +221,6 @@ _encode = json.JSONEncoder(default=_default).encode
 _ordered = json.JSONEncoder(sort_keys=True).encode
 
 
-class _Plan(NamedTuple):
-    """How the records of a class are read and written, by the names of the fields."""
-
-    defaults: Dict[str, Any]
-    lists: List[str]  # the fields whose default is an empty list, of which no two records share one
-    loads: List[Tuple[str, type, Callable[[Any], Any]]]  # what converts a JSON value of which type
-
-
-_plans: Dict[type, _Plan] = {}
-
-
-def _plan(cls: type) -> _Plan:
-    if cls not in _plans:
-        fields = [f for f in dataclasses.fields(cls) if f.name not in ("extra", "raw")]
-        lists = [f.name for f in fields if f.default_factory is list]
-        defaults = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
-        loads = [(f.name, *f.metadata["load"]) for f in fields if "load" in f.metadata]
-        _plans[cls] = _Plan({**defaults, **{name: [] for name in lists}}, lists, loads)
-    return _plans[cls]
-
-
 def _as(load: Callable[[Any], Any], kind: type, **options: Any) -> Any:
     """A field whose JSON value is converted by `load`; of another type than that it stays as it came."""
     return field(**(options or {"default": None}), metadata={"load": (kind, load)})
@@ -255,9 +235,17 @@ class _Record:
     _configuration: Optional[Configuration] = None  # which it was loaded with, if it can load more
 
     @classmethod
+    @functools.cache
+    def _plan(cls: type) -> Tuple[Dict[str, Any], List[Tuple[str, type, Callable[[Any], Any]]]]:
+        """The fields with their defaults, but for `extra` and `raw`; what converts JSON of which type."""
+        fields = [f for f in dataclasses.fields(cls) if f.name not in ("extra", "raw")]
+        defaults = {f.name: getattr(cls, f.name, [] if f.default_factory is list else None) for f in fields}
+        return defaults, [(f.name, *f.metadata["load"]) for f in fields if "load" in f.metadata]
+
+    @classmethod
     def from_dict(cls: Type[_R], data: Mapping[str, Any]) -> _R:
         """The record of a JSON object. Nothing is refused and nothing is lost."""
-        defaults, lists, loads = _plan(cls)
+        defaults, loads = cls._plan()
         self = cls.__new__(cls)
         state, extra = self.__dict__, {}
         state.update(defaults)
@@ -266,18 +254,16 @@ class _Record:
             if name not in defaults:
                 extra[name] = state.pop(name)
         state["extra"], state["_wire"] = extra, data
-        for name in lists:
-            if name not in data:
-                state[name] = []
         for name, kind, load in loads:
-            if isinstance(state[name], kind):
-                state[name] = load(state[name])
+            value = state[name]
+            if isinstance(value, kind):
+                state[name] = load(value)
         return self
 
     def to_dict(self) -> Dict[str, Any]:
         """The JSON object: every key that came, and every field that is set."""
         wire, out = self._wire, {}
-        for name, default in _plan(type(self)).defaults.items():
+        for name, default in self._plan()[0].items():
             value = getattr(self, name)
             if name in wire or value != default:
                 unchanged = isinstance(value, datetime) and value == _time(wire.get(name))
@@ -285,7 +271,7 @@ class _Record:
         return _plain({**out, **self.extra})  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
-        shown = [f"{name}={_mask(getattr(self, name))!r}" for name in _plan(type(self)).defaults]
+        shown = [f"{name}={_mask(getattr(self, name))!r}" for name in self._plan()[0]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -638,8 +624,8 @@ class Task(_Record):
     parent_execution: Optional[str] = None
     triggering_agent_id: Optional[str] = None
     worker_id: Optional[str] = None
-    sub_executions: Optional[List[str]] = field(default_factory=list)
-    finished_sub_executions: Optional[List[str]] = field(default_factory=list)
+    sub_executions: Optional[List[str]] = _as(list, list, default_factory=list)
+    finished_sub_executions: Optional[List[str]] = _as(list, list, default_factory=list)
     is_manually_stopped: Optional[bool] = False
     events_streaming: Optional[bool] = False
     used_mutating_tools: Optional[bool] = False
@@ -649,7 +635,7 @@ class Task(_Record):
     output_schema: Optional[Dict[str, Any]] = None
     output_format: Optional[OutputFormat] = _as(OutputFormat, str)
     think_mode: Optional[str] = None
-    mcp_servers: Optional[List[Dict[str, Any]]] = field(default_factory=list)
+    mcp_servers: Optional[List[Dict[str, Any]]] = _as(list, list, default_factory=list)
     hitl_request: Optional[Dict[str, Any]] = None
     pending_eca_request: Optional[Dict[str, Any]] = None
     extra: Dict[str, Any] = field(default_factory=dict)
@@ -969,7 +955,7 @@ class Task(_Record):
             meanwhile = {*_difference(before, now), *(before.keys() - now.keys())}
         self.__dict__.update(newer.__dict__, _configuration=self._configuration)
         for name in meanwhile:
-            home = self.__dict__ if name in _plan(type(self)).defaults else self.extra
+            home = self.__dict__ if name in self._plan()[0] else self.extra
             if name in old:  # else it was taken out of `extra`
                 home[name] = old[name]
         return self
