@@ -504,20 +504,13 @@ class Configuration:
         state = self.__dict__
         return state.get("_transport") or state.setdefault("_transport", _Transport(self))  # type: ignore
 
-    def _organization(self, fallback: Optional[str] = None) -> str:
-        organization = self.organization_id or fallback
-        if not organization:
-            reason = "No organization: set XPANDER_ORGANIZATION_ID or organization_id"
-            raise ModuleException(400, reason, answered=False)
-        return organization
-
-    def _api_url(self, route: str, **ids: str) -> str:
-        """A route under the API root, which names the organization on an agent controller."""
+    def _call(self, method: str, route: str, ids: Mapping[str, Any], **options: Any) -> _Answer:
+        """Call a route under the API root, which names the organization on an agent controller."""
         parts = urllib.parse.urlsplit(self.base_url)
         controller = "agent-controller" in (parts.hostname or "") or parts.port == 9016
         if controller or parts.path.split("/")[1:2] == ["agent-controller"]:
-            route, ids["organization_id"] = "/{organization_id}" + route, self._organization()
-        return self.base_url + _path(route, ids)
+            route, ids = "/{organization_id}" + route, {"organization_id": self.organization_id, **ids}
+        return self._transport.call(method, self.base_url + _path(route, ids), **options)
 
     def _events_url(self, task: Task) -> str:
         """The route of a task's events: another host for the cloud, another port for local work."""
@@ -527,13 +520,16 @@ class Configuration:
             base = "https://" + parts.hostname.replace("inbound", "agent-controller", 1)
         elif parts.port == 8085 and parts.hostname in ("localhost", "127.0.0.1", "::1"):
             base = "http://localhost:9016"
-        ids = {"organization_id": self._organization(task.organization_id), "task_id": task.id}
+        ids = {"organization_id": self.organization_id or task.organization_id, "task_id": task.id}
         return base + _path("/{organization_id}/agent-execution/{task_id}/events", ids)
 
 
 def _path(route: str, ids: Mapping[str, Any]) -> str:
     """A route with its ids filled in, each a whole segment (RFC 3986, section 3.3)."""
     for name, value in ids.items():
+        if name == "organization_id" and not value:
+            reason = "No organization: set XPANDER_ORGANIZATION_ID or organization_id"
+            raise ModuleException(400, reason, answered=False)
         if not isinstance(value, str) or value.strip() in ("", ".", ".."):
             raise ValueError(f"{name} must be a string that is not empty")
     return route.format(**{name: urllib.parse.quote(value, safe="") for name, value in ids.items()})
@@ -654,12 +650,6 @@ class Task(_Record):
         task._told, task._configuration = told, configuration
         return task
 
-    @classmethod
-    def _from_answer(cls, answer: _Answer, configuration: Configuration) -> Task:
-        if isinstance(answer.value, dict) and isinstance(answer.value.get("id"), str):
-            return cls._of(answer.value, answer.text, configuration)
-        raise answer.unexpected("a task")
-
     def __repr__(self) -> str:
         return f"Task(id={self.id!r}, status={_plain(self.status)!r}, title={_mask(self.title)!r:.60})"
 
@@ -688,7 +678,7 @@ class Task(_Record):
         Called on a task (`task.load(...)`) it still loads another one, with its second argument or
         the default configuration; `task.reload()` is what brings a task up to date.
         """
-        return cls._fetch(task_id, configuration or _default_configuration())
+        return cls._ask(configuration or _default_configuration(), {"task_id": task_id})
 
     @classmethod
     async def aload(cls, task_id: str, configuration: Optional[Configuration] = None) -> Task:
@@ -710,13 +700,11 @@ class Task(_Record):
             raise ValueError("a task needs a prompt, file_urls or the id of a task to continue")
         asked = {"text": prompt, "files": file_urls or None, "user": options.pop("user", None)}
         version = options.pop("agent_version", None)
-        configuration = configuration or _default_configuration()
-        answer = configuration._transport.call(
-            "POST", configuration._api_url("/agent-execution/{agent_id}", agent_id=agent_id),
-            _given({"input": _given(asked), **options}),
-            {} if version is None else {"x-agent-version": str(version)},
+        return cls._ask(
+            configuration or _default_configuration(), {"agent_id": agent_id},
+            "POST", "/agent-execution/{agent_id}", body=_given({"input": _given(asked), **options}),
+            headers={} if version is None else {"x-agent-version": str(version)},
         )
-        return cls._from_answer(answer, configuration)
 
     @classmethod
     async def acreate(
@@ -738,7 +726,7 @@ class Task(_Record):
         configuration = configuration or _default_configuration()
         query = urllib.parse.urlencode(_given(filters))
         route = "/agent-execution/executions/history/{agent_id}" + (f"?{query}" if query else "")
-        answer = configuration._transport.call("GET", configuration._api_url(route, agent_id=agent_id))
+        answer = configuration._call("GET", route, {"agent_id": agent_id})
         if not isinstance(answer.value, list) or not all(isinstance(item, dict) for item in answer.value):
             raise answer.unexpected("a list of objects")
         items = [TasksListItem.from_dict(item) for item in answer.value]
@@ -790,8 +778,7 @@ class Task(_Record):
         Route: DELETE /agent-execution/{task_id}.
         """
         before = {**json.loads(self._told), "status": _plain(self.status)}
-        url = self.configuration._api_url("/agent-execution/{task_id}", task_id=self.id)
-        return self._take(self.configuration._transport.call("DELETE", url), before)
+        return self._take(before, "DELETE", "/agent-execution/{task_id}")
 
     async def astop(self) -> Task:
         """`stop`, async."""
@@ -843,8 +830,7 @@ class Task(_Record):
     def get_activity_log(self) -> AgentActivityThread:
         """What the task did. None yet: `ModuleException` 404. Route: GET /activity/{agent_id}/{task_id}."""
         ids = {"agent_id": self.agent_id, "task_id": self.id}
-        url = self.configuration._api_url("/activity/{agent_id}/{task_id}", **ids)
-        answer = self.configuration._transport.call("GET", url)
+        answer = self.configuration._call("GET", "/activity/{agent_id}/{task_id}", ids)
         if answer.value is None:
             raise ModuleException(404, "No activity log yet")
         if not isinstance(answer.value, dict):
@@ -927,9 +913,17 @@ class Task(_Record):
         return urls if kind is None else [url for url in urls if _extension(url) in kind]
 
     @classmethod
-    def _fetch(cls, task_id: str, configuration: Configuration, line: Optional[_Line] = None) -> Task:
-        url = configuration._api_url("/agent-execution/{task_id}/status", task_id=task_id)
-        return cls._from_answer(configuration._transport.call("GET", url, line=line), configuration)
+    def _ask(
+        cls, configuration: Configuration, ids: Mapping[str, Any], method: str = "GET",
+        route: str = "/agent-execution/{task_id}/status", **options: Any,
+    ) -> Task:
+        """The task that a route answers with; as it is now, where a change is answered with nothing."""
+        answer = configuration._call(method, route, ids, **options)
+        if answer.value is None and method in ("PATCH", "DELETE"):
+            return cls._ask(configuration, ids)
+        if isinstance(answer.value, dict) and isinstance(answer.value.get("id"), str):
+            return cls._of(answer.value, answer.text, configuration)
+        raise answer.unexpected("a task")
 
     def _save(self, *always: str) -> Task:
         """Send the fields that differ from what the server last told, and those named here."""
@@ -939,25 +933,20 @@ class Task(_Record):
         told = {name: value for name, value in json.loads(self._told).items() if name not in always}
         changes = _difference(told, before)
         if not changes:
-            return self._take(None, before)
-        url = self.configuration._api_url("/agent-execution/{task_id}/update", task_id=self.id)
-        return self._take(self.configuration._transport.call("PATCH", url, changes), before)
+            return self._take(before)
+        return self._take(before, "PATCH", "/agent-execution/{task_id}/update", body=changes)
 
-    def _take(self, answer: Optional[_Answer], before: Optional[Dict[str, Any]] = None) -> Task:
-        """Become the task of the answer, but for the fields that were changed since `before`."""
-        if answer is None or answer.value is None:  # no body, or a stop found nothing: ask
-            newer = self._fetch(self.id, self.configuration)
-        else:
-            newer = self._from_answer(answer, self.configuration)
-        old, meanwhile = {**self.__dict__, **self.extra}, set()
-        if before:
+    def _take(self, before: Optional[Dict[str, Any]], *request: str, **options: Any) -> Task:
+        """Become the task that is answered, but for the fields that were changed since `before`."""
+        newer = self._ask(self.configuration, {"task_id": self.id}, *request, **options)
+        if before is not None:
             now = self.to_dict()
-            meanwhile = {*_difference(before, now), *(before.keys() - now.keys())}
+            for name in {*_difference(before, now), *(before.keys() - now.keys())}:
+                is_field = name in self._plan()[0]
+                ours, its = (self.__dict__, newer.__dict__) if is_field else (self.extra, newer.extra)
+                if name in ours:  # else it was taken out of `extra`
+                    its[name] = ours[name]
         self.__dict__.update(newer.__dict__, _configuration=self._configuration)
-        for name in meanwhile:
-            home = self.__dict__ if name in self._plan()[0] else self.extra
-            if name in old:  # else it was taken out of `extra`
-                home[name] = old[name]
         return self
 
     def _pauses(self, timeout: Optional[float]) -> Iterator[float]:
@@ -1658,7 +1647,7 @@ class _Stream:
             if self.finished:
                 return
             # An end proves nothing, however clean it looks: the status does.
-            task = Task._fetch(self.task_id, self.configuration, self.line)
+            task = Task._ask(self.configuration, {"task_id": self.task_id}, line=self.line)
             if task.is_finished:
                 yield [self._last(task)]
                 return
