@@ -665,9 +665,8 @@ class Task(_Record):
     @property
     def is_finished(self) -> bool:
         """Whether the status is final; for one that is new, whether `finished_at` is set."""
-        if self.status in list(AgentExecutionStatus):
-            return AgentExecutionStatus(self.status).is_final
-        return self.finished_at is not None
+        known = self.status in list(AgentExecutionStatus)
+        return AgentExecutionStatus(self.status).is_final if known else self.finished_at is not None
 
     # -- make and find
 
@@ -890,15 +889,10 @@ class Task(_Record):
 
     def to_message(self) -> str:
         """The input as one text for a model: the text, the URLs, the readable files' contents."""
-        text = getattr(self.input, "text", None)
-        lines = [text] if text else []
-        urls = self._files()
-        if urls:
-            lines.append("Files: " + ", ".join(urls))
-        readable = self.get_human_readable_files()
-        if readable:
-            lines += ["Files contents:", *map(json.dumps, readable)]
-        return "\n".join(lines)
+        urls, readable = self._files(), self.get_human_readable_files()
+        lines = [getattr(self.input, "text", None), "Files: " + ", ".join(urls) if urls else None]
+        lines += ["Files contents:", *map(json.dumps, readable)] if readable else []
+        return "\n".join(filter(None, lines))
 
     async def ato_message(self) -> str:
         """`to_message`, async."""
