@@ -126,8 +126,7 @@ def _mask(value: Any, depth: int = 100) -> Any:
     if isinstance(value, (list, tuple)):
         return [_mask(item, depth - 1) for item in value]
     if isinstance(value, str) and not isinstance(value, Enum):
-        value = _URL_QUERY.sub(lambda found: f"{found[1] or found[2]}?***", value)
-        return _SECRET_IN_JSON.sub(r'\1"***"', value)
+        return _SECRET_IN_JSON.sub(r'\1"***"', _URL_QUERY.sub(r"\1\2?***", value))
     return value
 
 
@@ -674,8 +673,7 @@ class Task(_Record):
     def load(cls, task_id: str, configuration: Optional[Configuration] = None) -> Task:
         """The task with this id. Route: GET /agent-execution/{task_id}/status.
 
-        Called on a task (`task.load(...)`) it still loads another one, with its second argument or
-        the default configuration; `task.reload()` is what brings a task up to date.
+        Called on a task it still takes its second argument or the default configuration: see `reload`.
         """
         return cls._ask(configuration or _default_configuration(), {"task_id": task_id})
 
@@ -745,9 +743,8 @@ class Task(_Record):
     def save(self) -> Task:
         """Send the fields that differ from what the server last told, and take its answer.
 
-        Changes deep inside nested values count; None is sent as null. What you change while the
-        save is under way stays changed. With nothing to send it reloads. A failed save keeps the
-        changes for the next one. Route: PATCH /agent-execution/{task_id}/update.
+        Deep changes count, None is null; what changes meanwhile stays changed, and a failed save keeps
+        all for the next. Nothing to send: it reloads. Route: PATCH /agent-execution/{task_id}/update.
         """
         return self._save()
 
@@ -772,10 +769,7 @@ class Task(_Record):
         return await _in_thread(self.set_status, status, result)
 
     def stop(self) -> Task:
-        """Stop the task and take the server's state; unsaved changes of other fields than the status stay.
-
-        Route: DELETE /agent-execution/{task_id}.
-        """
+        """Stop it; other unsaved changes than the status stay. Route: DELETE /agent-execution/{task_id}."""
         before = {**json.loads(self._told), "status": _plain(self.status)}
         return self._take(before, "DELETE", "/agent-execution/{task_id}")
 
@@ -794,10 +788,7 @@ class Task(_Record):
     # -- follow
 
     def wait_finished(self, timeout: Optional[float] = None) -> Task:
-        """Reload, with a growing pause of 0.5 to 5 s, until the status is final.
-
-        `timeout` in seconds; then `TimeoutError`.
-        """
+        """Reload, in pauses that grow from 0.5 to 5 s, to the task's end. `timeout` in s: `TimeoutError`."""
         for pause in self._pauses(timeout):
             _wait(pause)
             self.reload()
@@ -815,10 +806,9 @@ class Task(_Record):
     def events(self) -> Generator[TaskUpdateEvent, None, None]:
         """The task's events, each when it arrives; the last one is its `task_finished`.
 
-        Dropped and silent connections are replaced; each event comes once. Anything that ends the
-        stream before the task is over is a `ModuleException`. ValueError at the call if the task
-        has no `events_streaming`. To leave early, wrap it in `contextlib.closing`.
-        Route: GET /{organization_id}/agent-execution/{task_id}/events under the events root.
+        Broken and silent connections are replaced, each event comes once; any other end than the task's
+        is a `ModuleException`. ValueError at the call without `events_streaming`. To leave early, use
+        `contextlib.closing`. Events root, GET /{organization_id}/agent-execution/{task_id}/events.
         """
         return _events(_Stream(self))
 
@@ -907,11 +897,9 @@ class Task(_Record):
         return urls if kind is None else [url for url in urls if _extension(url) in kind]
 
     @classmethod
-    def _ask(
-        cls, configuration: Configuration, ids: Mapping[str, Any], method: str = "GET",
-        route: str = "/agent-execution/{task_id}/status", **options: Any,
-    ) -> Task:
+    def _ask(cls, configuration: Configuration, ids: Dict[str, str], *request: str, **options: Any) -> Task:
         """The task that a route answers with; as it is now, where a change is answered with nothing."""
+        method, route = request or ("GET", "/agent-execution/{task_id}/status")
         answer = configuration._call(method, route, ids, **options)
         if answer.value is None and method in ("PATCH", "DELETE"):
             return cls._ask(configuration, ids)
