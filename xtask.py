@@ -746,7 +746,13 @@ class Task(_Record):
         Deep changes count, None is null; what changes meanwhile stays changed, and a failed save keeps
         all for the next. Nothing to send: it reloads. Route: PATCH /agent-execution/{task_id}/update.
         """
-        return self._save()
+        if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
+            raise ValueError("internal_status has more than the 255 characters the platform takes")
+        before = self.to_dict()
+        changes = _difference(json.loads(self._told), before)
+        if not changes:
+            return self._take(before)
+        return self._take(before, "PATCH", "/agent-execution/{task_id}/update", body=changes)
 
     async def asave(self) -> Task:
         """`save`, async."""
@@ -756,11 +762,12 @@ class Task(_Record):
         """Send the status, the result if given, and all other unsaved changes."""
         if status not in list(AgentExecutionStatus):
             raise ValueError(f"{str(status)!r} is not a status: use one of {', '.join(AgentExecutionStatus)}")
-        self.status = AgentExecutionStatus(status)
-        if result is None:
-            return self._save("status")
-        self.result = result
-        return self._save("status", "result")
+        values = {"status": AgentExecutionStatus(status), **({} if result is None else {"result": result})}
+        self.__dict__.update(values)
+        # what the server told of these counts no more, so that they are sent even if they are the same
+        told = {name: value for name, value in json.loads(self._told).items() if name not in values}
+        self._told = json.dumps(told)
+        return self.save()
 
     async def aset_status(
         self, status: Union[AgentExecutionStatus, str], result: Optional[str] = None
@@ -906,17 +913,6 @@ class Task(_Record):
         if isinstance(answer.value, dict) and isinstance(answer.value.get("id"), str):
             return cls._of(answer.value, answer.text, configuration)
         raise answer.unexpected("a task")
-
-    def _save(self, *always: str) -> Task:
-        """Send the fields that differ from what the server last told, and those named here."""
-        if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
-            raise ValueError("internal_status has more than the 255 characters the platform takes")
-        before = self.to_dict()
-        told = {name: value for name, value in json.loads(self._told).items() if name not in always}
-        changes = _difference(told, before)
-        if not changes:
-            return self._take(before)
-        return self._take(before, "PATCH", "/agent-execution/{task_id}/update", body=changes)
 
     def _take(self, before: Optional[Dict[str, Any]], *request: str, **options: Any) -> Task:
         """Become the task that is answered, but for the fields that were changed since `before`."""
