@@ -635,8 +635,6 @@ class Task(_Record):
     pending_eca_request: Optional[Dict[str, Any]] = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
-    # -- as data
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], configuration: Optional[Configuration] = None) -> Task:
         """The task of a JSON object, as the server last told it: `save()` compares with this."""
@@ -666,8 +664,6 @@ class Task(_Record):
         """Whether the status is final; for one that is new, whether `finished_at` is set."""
         known = self.status in list(AgentExecutionStatus)
         return AgentExecutionStatus(self.status).is_final if known else self.finished_at is not None
-
-    # -- make and find
 
     @classmethod
     def load(cls, task_id: str, configuration: Optional[Configuration] = None) -> Task:
@@ -738,8 +734,6 @@ class Task(_Record):
         """`list`, async."""
         return await _in_thread(cls.list, agent_id, configuration=configuration, **filters)
 
-    # -- change
-
     def save(self) -> Task:
         """Send the fields that differ from what the server last told, and take its answer.
 
@@ -792,8 +786,6 @@ class Task(_Record):
         """`reload`, async."""
         return await _in_thread(self.reload)
 
-    # -- follow
-
     def wait_finished(self, timeout: Optional[float] = None) -> Task:
         """Reload, in pauses that grow from 0.5 to 5 s, to the task's end. `timeout` in s: `TimeoutError`."""
         for pause in self._pauses(timeout):
@@ -836,8 +828,6 @@ class Task(_Record):
     async def aget_activity_log(self) -> AgentActivityThread:
         """`get_activity_log`, async."""
         return await _in_thread(self.get_activity_log)
-
-    # -- files
 
     def get_files(self) -> List[Any]:
         """The PDFs: `agno.media.File` with their bytes where agno is installed, else URLs."""
@@ -894,8 +884,6 @@ class Task(_Record):
     async def ato_message(self) -> str:
         """`to_message`, async."""
         return await _in_thread(self.to_message)
-
-    # -- what the calls above share
 
     def _files(self, kind: Optional[Tuple[str, ...]] = None) -> List[str]:
         """The URLs of the input, or those whose path ends in an extension of that kind."""
