@@ -756,10 +756,10 @@ class Task(_Record):
         """Send the status, the result if given, and all other unsaved changes."""
         if status not in list(AgentExecutionStatus):
             raise ValueError(f"{str(status)!r} is not a status: use one of {', '.join(AgentExecutionStatus)}")
-        values = {"status": AgentExecutionStatus(status), **({} if result is None else {"result": result})}
-        self.__dict__.update(values)
+        changes = _given({"status": status, "result": result})
+        self.__dict__.update(changes, status=AgentExecutionStatus(status))
         # what the server told of these counts no more, so that they are sent even if they are the same
-        told = {name: value for name, value in json.loads(self._told).items() if name not in values}
+        told = {name: value for name, value in json.loads(self._told).items() if name not in changes}
         self._told = json.dumps(told)
         return self.save()
 
@@ -787,7 +787,7 @@ class Task(_Record):
         return await _in_thread(self.reload)
 
     def wait_finished(self, timeout: Optional[float] = None) -> Task:
-        """Reload, in pauses that grow from 0.5 to 5 s, to the task's end. `timeout` in s: `TimeoutError`."""
+        """Reload, in pauses growing from 0.5 to 5 s, to the task's end; after `timeout` s: `TimeoutError`."""
         for pause in self._pauses(timeout):
             _wait(pause)
             self.reload()
