@@ -1123,6 +1123,16 @@ def test_events_are_equal_by_what_they_say_not_by_how_it_was_told():
     assert told != xtask.TaskUpdateEvent.from_dict({"type": "chunk", "data": "x"})
 
 
+def test_changing_the_task_of_an_event_changes_neither_its_envelope_nor_another_event():
+    required = {"id": "t-1", "input": {"text": "Hi", "files": []}}
+    envelope = {"type": "task_updated", "data": {"status": "executing", "output_schema": {"a": 1}}}
+    first, second = (xtask.TaskUpdateEvent.from_dict(envelope, required) for _ in range(2))
+    first.data.output_schema["b"] = 2
+    first.data.input.files.append("https://e.com/a")
+    assert first.raw == envelope and envelope["data"]["output_schema"] == {"a": 1}
+    assert (second.data.output_schema, second.data.input.files, required["input"]["files"]) == ({"a": 1}, [], [])
+
+
 def test_the_repr_of_an_activity_entry_hides_tokens():
     entry = {"id": "a", "created_at": "x", "type": "token_ready", "data": {"access_token": "s3cret"}}
     thread = xtask.AgentActivityThread.from_dict({"id": "t", "created_at": None, "messages": [entry]})

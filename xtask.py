@@ -1569,8 +1569,8 @@ class TaskUpdateEvent(_Record):
         task_id, record = data.get("task_id") or required.get("id"), _EVENT_RECORDS.get(kind)
         if record and isinstance(body, dict):
             if record is Task:
-                body = {**required, **({"id": task_id} if task_id else {}), **body}
-                body = Task._of(body, json.dumps(body), configuration)
+                told = {**required, **({"id": task_id} if task_id else {}), **body}
+                body = Task.from_dict(told, configuration)  # a copy, so that `raw` stays as it came
             elif isinstance(body.get("request_id"), str) and isinstance(body.get("operation_id"), str):
                 body = record.from_dict(body)
         extra = {} if data.keys() <= _ENVELOPE else {k: v for k, v in data.items() if k not in _ENVELOPE}
@@ -2169,7 +2169,7 @@ class LocalPlatform:
             user_id = _within(task, "input", "user").get("id")
             item = {**task, "parent_task_id": task.get("parent_execution"), "user_id": user_id}
             if wanted.items() <= item.items():
-                found.append({name: item.get(name) for name in _plan(TasksListItem).defaults})
+                found.append({name: item.get(name) for name in TasksListItem._plan()[0]})
         return found
 
 
