@@ -1052,14 +1052,11 @@ class _Response(http.client.HTTPResponse):
         if not body and self.length is None and not self.chunked:
             raise http.client.IncompleteRead(b"")  # cut off within its head, as far as anybody can tell
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Close it and its connection, if that was not given back."""
-        self.close()
+        super().close()
         if self.connection:
             self.connection.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.abandon()
 
 
 class _Connection(http.client.HTTPConnection):
@@ -1067,7 +1064,6 @@ class _Connection(http.client.HTTPConnection):
 
     response_class = _Response
     idle_since = 0.0  # wall clock: the monotonic one stands still while a host is frozen
-    authorization: Optional[str] = None  # which the proxy of a tunnel alone may see
 
     def __init__(self, request: _Request, context: Optional[ssl.SSLContext], trusted: Iterable[str]) -> None:
         self.default_port = 443 if context else 80
@@ -1083,7 +1079,7 @@ class _Connection(http.client.HTTPConnection):
             self.sock.settimeout(_CONNECT_TIMEOUT)
             if request.proxied:
                 place = request.place if parts.port else f"{request.place}:443"
-                _ask_for_tunnel(self.sock, place, self.authorization)
+                _ask_for_tunnel(self.sock, place, request.get_header("Proxy-authorization"))
             self.sock = self.context.wrap_socket(
                 self.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
             )
@@ -1098,10 +1094,10 @@ class _Connection(http.client.HTTPConnection):
             return False
         try:
             self.sock.setblocking(False)
-            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)  # under the TLS layer, if there is one
-        except BlockingIOError:
+            self.sock.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
             self.sock.settimeout(self.timeout)
-            return not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending())
+            return True
         except OSError:
             pass  # closed meanwhile
         return False
@@ -1113,11 +1109,12 @@ def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
     if judged:
         _judge_addresses(host, found)
     ends = time.monotonic() + _CONNECT_TIMEOUT
-    for left, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found):
+    while found:
+        family, kind, protocol, _, address = found.pop(0)
         sock = socket.socket(family, kind, protocol)
         try:
             line.hold(sock)
-            sock.settimeout(max(0.1, (ends - time.monotonic()) / left))
+            sock.settimeout(max(0.1, (ends - time.monotonic()) / (len(found) + 1)))
             sock.connect(address)
             line.hold(sock)  # a hang-up while connecting looks like success
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1125,7 +1122,7 @@ def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
             return sock
         except BaseException as error:
             sock.close()
-            if left == 1 or not isinstance(error, OSError) or line.hung_up.is_set():
+            if not found or not isinstance(error, OSError) or line.hung_up.is_set():
                 raise
     raise OSError(f"{host} has no address")
 
@@ -1173,21 +1170,19 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
     def _kept(self, request: _Request) -> Optional[_Connection]:
         """An idle connection that serves the request; those that cannot be used any more are closed."""
-        for connection in self.idle[::-1] if request.keep else ():
-            if connection.opened_by.route == request.route:
-                try:
+        for connection in self.idle[::-1]:
+            if request.keep and connection.opened_by.route == request.route:
+                with contextlib.suppress(ValueError):  # another thread was faster
                     self.idle.remove(connection)
-                except ValueError:  # another thread was faster
-                    continue
-                if connection.is_usable():
-                    return connection
-                connection.close()
+                    if connection.is_usable():
+                        return connection
+                    connection.close()
         return None
 
     def _send(self, connection: _Connection, request: _Request) -> _Response:
         headers, response = dict(request.header_items()), None
         if connection.context:
-            connection.authorization = headers.pop("Proxy-authorization", None)
+            headers.pop("Proxy-authorization", None)  # which the proxy of a tunnel alone may see
         if not request.keep:
             headers["Connection"] = "close"
         try:
@@ -1226,7 +1221,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         """urllib asks this of each answer: follows GET to the same origin, or for files to any."""
         if response.status not in (301, 302, 303, 307, 308):
             return response
-        response.abandon()
+        response.close()
         method, url = request.get_method(), request.full_url
         location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
         target = urllib.parse.urljoin(url, location)
@@ -1304,11 +1299,9 @@ class _Transport:
     def open(self, request: _Request, timeout: float) -> _Response:
         """The one place that opens connections."""
         try:
-            response = self._opener.open(request, timeout=timeout)
+            return cast(_Response, self._opener.open(request, timeout=timeout))
         except _FAILURES as error:
             raise self._no_answer(request.place, error) from error
-        assert isinstance(response, _Response)
-        return response
 
     def call(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] = {},
