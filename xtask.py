@@ -941,6 +941,11 @@ _BROKEN = (ConnectionError, http.client.IncompleteRead, ssl.SSLEOFError, socket.
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
 # Of a request that is under way; ValueError: a host or a port, of a redirect too, that is none
 _FAILURES = (OSError, http.client.HTTPException, ValueError)
+# After which answers, and for want of an answer after which causes, the same request is sent again
+_Again = Tuple[Tuple[int, ...], Tuple[Type[Exception], ...]]
+_AGAIN: _Again = (429, 502, 503, 504), _BROKEN
+_AGAIN_POST: _Again = (429,), (ConnectionRefusedError,)  # what it did before a connection broke is not known
+_AGAIN_STREAM: _Again = (429, *range(500, 600)), _TIMEOUTS + _BROKEN
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
 # Neither "@" (a user name), nor what parsers of URLs read in two ways
 _HOST_AND_PORT = re.compile(r"[^\s@%\\/?#]+")
@@ -1320,16 +1325,18 @@ class _Transport:
             except ModuleException as error:
                 if method == "DELETE" and error.status_code == 404 and (failures or request.was_sent):
                     return _Answer(None, b"", request.place)  # the first try did it, its answer was lost
-                pause = self.pause(error, _may_repeat(method, error), failures, request.line)
+                again = _AGAIN_POST if method == "POST" else _AGAIN
+                pause = self.pause(error, again, failures, request.line)
             _wait(pause, request.line)  # here, so that a Ctrl-C is one plain traceback
             failures += 1
 
-    def pause(self, error: ModuleException, may_repeat: bool, failures: int, line: _Line) -> float:
+    def pause(self, error: ModuleException, again: _Again, failures: int, line: _Line) -> float:
         """Seconds to the next try, as the server asked or growing and jittered. No next try: the error."""
         growing = min(8.0, 0.5 * 2.0 ** min(failures, 9)) * random.uniform(0.5, 1.0)
         seconds = growing if error._retry_after is None else error._retry_after
-        may_repeat = may_repeat and failures < self.max_retries and not line.hung_up.is_set()
-        if not may_repeat or seconds > _MAX_RETRY_AFTER:
+        fits = error.status_code in again[0] if error.answered else isinstance(error.__cause__, again[1])
+        over = failures >= self.max_retries or line.hung_up.is_set()
+        if not fits or over or seconds > _MAX_RETRY_AFTER:
             raise error
         return seconds
 
@@ -1412,14 +1419,6 @@ def _retry_after(value: str) -> Optional[float]:
     except (TypeError, ValueError, OverflowError):
         return None
     return max(0.0, moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() - time.time())
-
-
-def _may_repeat(method: str, error: ModuleException) -> bool:
-    """Whether the same request may be sent again after this."""
-    if error.answered:
-        return error.status_code in ((429,) if method == "POST" else (429, 502, 503, 504))
-    # what a POST did before its connection broke is not known
-    return isinstance(error.__cause__, ConnectionRefusedError if method == "POST" else _BROKEN)
 
 
 # ---- Server-sent events ------------------------------------------------------------------------------------
@@ -1622,12 +1621,10 @@ class _Stream:
             try:
                 return self._open()
             except ModuleException as error:
-                cause, code = error.__cause__, error.status_code
-                if isinstance(cause, _TIMEOUTS) and self.line.connected:
+                if isinstance(error.__cause__, _TIMEOUTS) and self.line.connected:
                     return None
-                tells = code == 429 or 500 <= code < 600
-                again = tells if error.answered else isinstance(cause, _TIMEOUTS + _BROKEN)
-                pause = self.configuration._transport.pause(error, again, self.failures, self.line)
+                transport = self.configuration._transport
+                pause = transport.pause(error, _AGAIN_STREAM, self.failures, self.line)
             _wait(pause, self.line)  # here, so that a Ctrl-C is one plain traceback
             self.failures += 1
 
