@@ -1026,26 +1026,21 @@ class _Response(http.client.HTTPResponse):
 
     def _read_chunks(self) -> bytes:
         """The data of all chunks that arrived: http.client's one at a time doubles the CPU of a burst."""
-        parts: List[bytes] = []
-        while not parts and not self.ended:
-            data, place = self.fp.read1(65536), 0
-            if not data:
-                raise http.client.IncompleteRead(data)
-            data = self.rest + data
-            while place < len(data) and not self.ended:
-                if self.left:
-                    parts.append(data[place : place + self.left])
-                    place, self.left = place + len(parts[-1]), self.left - len(parts[-1])
-                    continue
-                head = _CHUNK_HEAD.match(data, place)
-                if not head:
-                    break
-                place, self.left = head.end(), int(head[1], 16)
-                self.ended = self.left == 0
-            self.rest = data[place:]
+        data = b""
+        while not data and not self.ended:
+            arrived = self.fp.read1(65536)
+            if not arrived:
+                raise http.client.IncompleteRead(arrived)
+            arrived = self.rest + arrived
+            place, parts = self.left, [arrived[: self.left]]
+            while not self.ended and (head := _CHUNK_HEAD.match(arrived, place)):
+                place = head.end() + int(head[1], 16)  # which may be beyond what arrived
+                parts.append(arrived[head.end() : place])
+                self.ended = place == head.end()
+            data, self.rest, self.left = b"".join(parts), arrived[place:], max(0, place - len(arrived))
             if not self.ended and (len(self.rest) > 4096 or b"\n" in self.rest.lstrip(b"\r\n")):
                 raise http.client.HTTPException("a chunk without a size")
-        return b"".join(parts)
+        return data
 
     def read_all(self, body: bytearray, limit: int = _MAX_ANSWER, seconds: float = math.inf) -> None:
         """Read the whole body, into `body`, which has what came when this fails."""
@@ -1083,8 +1078,7 @@ class _Connection(http.client.HTTPConnection):
             parts = urllib.parse.urlsplit(request.full_url)
             self.sock.settimeout(_CONNECT_TIMEOUT)
             if request.proxied:
-                place = request.place if parts.port else f"{request.place}:443"
-                _ask_for_tunnel(self.sock, place, request.get_header("Proxy-authorization"))
+                self._ask_for_tunnel(request.place if parts.port else f"{request.place}:443")
             self.sock = self.context.wrap_socket(
                 self.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
             )
@@ -1092,6 +1086,17 @@ class _Connection(http.client.HTTPConnection):
             self.sock.do_handshake()
         self.sock.settimeout(self.timeout)
         line.connected = True
+
+    def _ask_for_tunnel(self, place: str) -> None:
+        """CONNECT through a proxy (RFC 9110, section 9.3.6)."""
+        secret = self.opened_by.get_header("Proxy-authorization")
+        secret = f"Proxy-Authorization: {secret}\r\n" if secret else ""
+        self.sock.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{secret}\r\n".encode("latin-1"))
+        # its buffer takes nothing of the origin's, which speaks second under TLS
+        with http.client.HTTPResponse(self.sock, method="CONNECT") as answer:
+            answer.begin()
+            if answer.status != 200:
+                raise OSError(f"the proxy refused the tunnel: {answer.status} {answer.reason}")
 
     def is_usable(self) -> bool:
         """Whether it is fresh, of this process and silent: an idle one only says that it ends."""
@@ -1130,17 +1135,6 @@ def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
             if not found or not isinstance(error, OSError) or line.hung_up.is_set():
                 raise
     raise OSError(f"{host} has no address")
-
-
-def _ask_for_tunnel(sock: socket.socket, place: str, authorization: Optional[str]) -> None:
-    """CONNECT through a proxy (RFC 9110, section 9.3.6)."""
-    secret = f"Proxy-Authorization: {authorization}\r\n" if authorization else ""
-    sock.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{secret}\r\n".encode("latin-1"))
-    # its buffer takes nothing of the origin's, which speaks second under TLS
-    with http.client.HTTPResponse(sock, method="CONNECT") as answer:
-        answer.begin()
-        if answer.status != 200:
-            raise OSError(f"the proxy refused the tunnel: {answer.status} {answer.reason}")
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
@@ -1285,11 +1279,11 @@ class _Transport:
         self.timeout, self.max_retries = configuration.timeout, configuration.max_retries
         self._key = configuration.api_key
         self._handler = _Handler(configuration.ssl_context, configuration.trusted_file_hosts)
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.addheaders = [("User-Agent", f"xtask/{__version__}")]
+        self.opener = urllib.request.OpenerDirector()  # the one place that opens connections
+        self.opener.addheaders = [("User-Agent", f"xtask/{__version__}")]
         # ProxyHandler(None) goes by urllib's rules
         for handler in urllib.request.ProxyHandler(proxies), self._handler, urllib.request.UnknownHandler():
-            self._opener.add_handler(handler)
+            self.opener.add_handler(handler)
         weakref.finalize(self, _close_all, self._handler.idle)
 
     def close(self) -> None:
@@ -1300,13 +1294,6 @@ class _Transport:
         if not self._key:
             raise ModuleException(401, "No API key: set XPANDER_API_KEY or api_key", answered=False)
         return _Request(method, url, {"x-api-key": self._key, **headers}, line)
-
-    def open(self, request: _Request, timeout: float) -> _Response:
-        """The one place that opens connections."""
-        try:
-            return cast(_Response, self._opener.open(request, timeout=timeout))
-        except _FAILURES as error:
-            raise self._no_answer(request.place, error) from error
 
     def call(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] = {},
@@ -1341,13 +1328,13 @@ class _Transport:
         return seconds
 
     def _once(self, request: _Request) -> _Answer:
-        with self.open(request, self.timeout) as response:
-            body = bytearray()
-            try:
+        body = bytearray()
+        try:
+            with self.opener.open(request, timeout=self.timeout) as response:
                 response.read_all(body)
                 self._handler.give_back(request, response)
-            except _FAILURES as error:
-                raise self._no_answer(request.place, error) from error
+        except _FAILURES as error:
+            raise self.no_answer(request.place, error) from error
         return _Answer(self.judge(response, body, request.place), bytes(body), request.place)
 
     def judge(self, response: _Response, body: bytearray, place: str) -> Any:
@@ -1367,7 +1354,7 @@ class _Transport:
             raise ModuleException(500, f"{place} answered with {what} that is not JSON") from broken
         return value
 
-    def _no_answer(self, place: str, error: Exception) -> ModuleException:
+    def no_answer(self, place: str, error: Exception) -> ModuleException:
         """The failure of a request that no server answered, or not to the end."""
         error.args = tuple(map(self.hide, error.args))  # which a traceback shows as the cause
         reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
@@ -1636,7 +1623,10 @@ class _Stream:
         self.line.connected = False
         transport = self.configuration._transport
         request = transport.request("GET", self.url, headers, self.line)
-        response = transport.open(request, self.idle_timeout)
+        try:
+            response: _Response = transport.opener.open(request, timeout=self.idle_timeout)
+        except _FAILURES as error:
+            raise transport.no_answer(request.place, error) from error
         if not 200 <= response.status < 300:
             body = bytearray()
             with response, contextlib.suppress(*_FAILURES):
@@ -1883,32 +1873,28 @@ class _FileWork:
             except Exception as error:  # whatever strangers' bytes bring about, it is about one file
                 with self.lock:
                     self.held -= len(content)
-                refusal = error.__cause__ or error
-                self.results[number] = refusal if isinstance(refusal, _Refused) else error
-                if isinstance(refusal, _Refused):
-                    _warn("a file was left out: %s", refusal)
+                self.results[number] = error
+                if isinstance(error, _Refused):
+                    _warn("a file was left out: %s", error)
 
     def fetch(self, url: str, line: _Line, content: bytearray) -> Tuple[bytes, Optional[str]]:
         request = _Request("GET", _clean_url(url), {"Accept": "*/*"}, line)
         request.guarded = True
-        with self.transport.open(request, self.transport.timeout) as response:
+        with self.transport.opener.open(request, timeout=self.transport.timeout) as response:
             if response.status != 200:
                 raise ModuleException(response.status, "the server has no such file")
             for part in iter(response.read_some, b""):
-                self.grow(content, part)
+                with self.lock:  # so that of several files the one that is too much fails alone
+                    content += part
+                    self.held += len(part)
+                    if len(content) > _MAX_FILE or self.held > _MAX_FILES:
+                        self.held -= len(content)
+                        content.clear()
+                        raise ModuleException(413, "the file is too large")
             if line.hung_up.is_set():  # our own hang-up looks like the end of a file without a length
                 raise http.client.IncompleteRead(b"")
             said = re.search(r'(?i);\s*charset\s*=[\s"]*([^\s;"]+)', response.headers.get("Content-Type", ""))
             return bytes(content), said and said[1]
-
-    def grow(self, content: bytearray, part: bytes) -> None:
-        with self.lock:  # so that of several files the one that is too much fails alone
-            content += part
-            self.held += len(part)
-            if len(content) > _MAX_FILE or self.held > _MAX_FILES:
-                self.held -= len(content)
-                content.clear()
-                raise ModuleException(413, "the file is too large")
 
 
 def _text_of(got: _Got) -> str:
