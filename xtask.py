@@ -947,8 +947,8 @@ _AGAIN: _Again = (429, 502, 503, 504), _BROKEN
 _AGAIN_POST: _Again = (429,), (ConnectionRefusedError,)  # what it did before a connection broke is not known
 _AGAIN_STREAM: _Again = (429, *range(500, 600)), _TIMEOUTS + _BROKEN
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
-# Neither "@" (a user name), nor what parsers of URLs read in two ways
-_HOST_AND_PORT = re.compile(r"[^\s@%\\/?#]+")
+# A host first; neither "@" (a user name), nor what parsers of URLs read in two ways
+_HOST_AND_PORT = re.compile(r"(?!:)[^\s@%\\/?#]+")
 
 
 def _wait(seconds: float, line: Optional[_Line] = None) -> None:
@@ -1255,9 +1255,9 @@ def _clean_url(url: str, name: str = "a file's URL") -> str:
     if parts.scheme not in ("http", "https") or not _HOST_AND_PORT.fullmatch(place):  # IDNA makes "%", too
         raise _Refused(f"{name} must be an http or https URL with a host and without a user name")
     _ = parts.port  # raises ValueError for one that is no number
-    path = urllib.parse.quote(parts.path or "/", safe="/%!$&'()*+,;=:@~")
-    query = urllib.parse.quote(parts.query, safe="/%!$&'()*+,;=:@~?")
-    return urllib.parse.urlunsplit((parts.scheme, place.rstrip(":"), path, query, ""))
+    rest = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    rest = urllib.parse.quote(rest, safe="/%!$&'()*+,;=:@~?")  # a path has no "?" of its own
+    return f"{parts.scheme}://{place.rstrip(':')}{rest}"
 
 
 class _Answer(NamedTuple):
@@ -1340,19 +1340,21 @@ class _Transport:
     def judge(self, response: _Response, body: bytearray, place: str) -> Any:
         """The JSON value of an answer (None for an empty one), or a ModuleException."""
         status, headers = response.status, response.headers
-        value, broken = None, None
+        broken: Optional[Exception] = None
         try:
             value = json.loads(body) if body.strip() else None
         except (ValueError, RecursionError) as error:
-            broken = error
-        if not 200 <= status < 300:
-            failure = ModuleException(status, self.hide(_describe(status, headers, body, value)), value)
-            failure._retry_after = _retry_after(headers.get("Retry-After", ""))
-            raise failure
-        if broken:
-            what = "HTML" if _is_html(headers, body) else "something"
+            value, broken = None, error
+        if 200 <= status < 300 and not broken:
+            return value
+        html = "html" in headers.get("Content-Type", "").lower() or body.lstrip()[:1] == b"<"
+        if 200 <= status < 300:
+            what = "HTML" if html else "something"
             raise ModuleException(500, f"{place} answered with {what} that is not JSON") from broken
-        return value
+        plain = " ".join(body[:2000].decode("utf-8", "replace").split())[:200] if broken and not html else ""
+        failure = ModuleException(status, self.hide(_describe(status, value, plain)), value)
+        failure._retry_after = _retry_after(headers.get("Retry-After", ""))
+        raise failure
 
     def no_answer(self, place: str, error: Exception) -> ModuleException:
         """The failure of a request that no server answered, or not to the end."""
@@ -1373,21 +1375,15 @@ class _Transport:
         return text.replace(self._key, "***") if known else text
 
 
-def _is_html(headers: Any, body: bytearray) -> bool:
-    return "html" in headers.get("Content-Type", "").lower() or body.lstrip()[:1] == b"<"
-
-
-def _describe(status: int, headers: Any, body: bytearray, value: Any) -> str:
-    """What an error says in the forms that the platform and proxies use."""
+def _describe(status: int, value: Any, plain: str) -> str:
+    """What an error says in the forms that the platform and proxies use: JSON, plain text, nothing."""
     said = value if isinstance(value, dict) else {"detail": value}
     for text in map(said.get, ("detail", "message", "error")):
         if isinstance(text, str) and text.strip():
             return text.strip()
         if isinstance(text, list) and text and all(isinstance(item, dict) for item in text):
             return "; ".join(map(_describe_invalid, text))
-    if value is None and body.strip() and not _is_html(headers, body):
-        return " ".join(body[:2000].decode("utf-8", "replace").split())[:200]
-    return http.client.responses.get(status, "Unknown status")
+    return plain or http.client.responses.get(status, "Unknown status")
 
 
 def _describe_invalid(item: Dict[str, Any]) -> str:
@@ -1400,12 +1396,11 @@ def _describe_invalid(item: Dict[str, Any]) -> str:
 def _retry_after(value: str) -> Optional[float]:
     """RFC 9110, section 10.2.3: seconds, or a date."""
     if re.fullmatch("[0-9]+", value.strip()):
-        return float(value.strip()[:300])  # more digits make an infinity in either case
-    try:
+        return float(value)  # of hundreds of digits: an infinity
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # it is no date
         moment = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return max(0.0, moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() - time.time())
+        return max(0.0, moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() - time.time())
+    return None
 
 
 # ---- Server-sent events ------------------------------------------------------------------------------------
