@@ -1437,7 +1437,7 @@ class _Parser:
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
         """The events that this chunk completes."""
-        whole = None
+        whole = b""
         if self._ended_cr or b"\n" in chunk or b"\r" in chunk:  # others complete nothing
             chunk = self._with_lf(chunk)
             blank = chunk[:1] == b"\n" and self._pending and self._pending[-1].endswith(b"\n")
@@ -1448,7 +1448,7 @@ class _Parser:
         if chunk:
             self._pending.append(chunk)
             self._size += len(chunk)
-        return () if whole is None and self._size <= _MAX_EVENT else self._events(whole or b"")
+        return self._events(whole) if whole or self._size > _MAX_EVENT else ()
 
     def _with_lf(self, chunk: bytes) -> bytes:
         """The chunk with LF for each end of a line, a CRLF over two chunks counted once."""
@@ -1569,19 +1569,16 @@ class _Stream:
         self.seen: Deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of data
         self.replayed: Set[int] = set()  # those seen, while what comes may be a repetition
         self.shook_hands = self.finished = False
-        self.failures = 0  # connections that failed, in a row
 
     def batches(self) -> Generator[List[TaskUpdateEvent], None, None]:
         """The events, as many at a time as came together, until the task is over."""
-        task, idle = self.task, self.configuration.idle_timeout
+        task = self.task
         self.task_id, self.url = task.id, self.configuration._events_url(task)
         self.required = _plain({name: getattr(task, name) for name in _REQUIRED})
-        self.was_final = task.is_finished
-        self.idle_timeout = min(idle, _FINAL_SILENCE) if self.was_final else idle
+        self.patience = _FINAL_SILENCE if task.is_finished else math.inf  # seconds without an event
         while True:
             response = self._connect()
             if response:
-                self.failures = 0
                 with response:
                     yield from self._read(response)
             if self.finished:
@@ -1599,18 +1596,17 @@ class _Stream:
 
     def _connect(self) -> Optional[_Response]:
         """A 2xx answer; None where the server took the request and then was silent."""
+        failures = 0  # in a row
         while True:
             try:
                 return self._open()
             except ModuleException as error:
-                if isinstance(error.__cause__, _TIMEOUTS) and self.line.connected:
-                    return None
                 transport = self.configuration._transport
-                pause = transport.pause(error, _AGAIN_STREAM, self.failures, self.line)
+                pause = transport.pause(error, _AGAIN_STREAM, failures, self.line)
             _wait(pause, self.line)  # here, so that a Ctrl-C is one plain traceback
-            self.failures += 1
+            failures += 1
 
-    def _open(self) -> _Response:
+    def _open(self) -> Optional[_Response]:
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         last_id = self.parser.last_id.encode()  # UTF-8, as the standard has it
         if re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", last_id):
@@ -1619,8 +1615,11 @@ class _Stream:
         transport = self.configuration._transport
         request = transport.request("GET", self.url, headers, self.line)
         try:
-            response: _Response = transport.opener.open(request, timeout=self.idle_timeout)
+            idle_timeout = min(self.configuration.idle_timeout, self.patience)
+            response: _Response = transport.opener.open(request, timeout=idle_timeout)
         except _FAILURES as error:
+            if isinstance(error, _TIMEOUTS) and self.line.connected:
+                return None
             raise transport.no_answer(request.place, error) from error
         if not 200 <= response.status < 300:
             body = bytearray()
@@ -1634,42 +1633,37 @@ class _Stream:
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
         """The events of one connection, until it ends in whatever way."""
         kind, status = response.headers.get_content_type(), response.status
-        if status == 204:
-            return
-        if status != 200 or kind != "text/event-stream":
+        if status != 204 and (status, kind) != (200, "text/event-stream"):
             kind = self.configuration._transport.hide(kind)
             raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.replayed = set(self.seen)
-        chunk, spoke = b"any but the end", time.monotonic()
-        while chunk and not self.finished:
-            batch: List[TaskUpdateEvent] = []
-            try:
-                chunk = response.read_some()
-                for message in self.parser.feed(chunk):
-                    self._add(message.data, batch)
-            except (OSError, http.client.HTTPException):
-                return  # cut off, or silent
-            except ValueError as error:
-                raise ModuleException(500, f"The stream sent {error}") from error
-            yield batch
-            spoke = time.monotonic() if batch else spoke
-            if self.was_final and time.monotonic() - spoke > _FINAL_SILENCE:
-                return  # nothing but comments
+        spoke = time.monotonic()
+        try:
+            for chunk in iter(response.read_some, b""):
+                batch = [event for event in map(self._fresh, self.parser.feed(chunk)) if event]
+                yield batch
+                spoke = time.monotonic() if batch else spoke
+                if self.finished or time.monotonic() - spoke > self.patience:
+                    return  # the second: nothing but comments
+        except (OSError, http.client.HTTPException):
+            pass  # cut off, or silent
+        except ValueError as error:
+            raise ModuleException(500, f"The stream sent {error}") from error
 
-    def _add(self, data: str, batch: List[TaskUpdateEvent]) -> None:
-        """Add the event that the data holds, unless it was seen on an earlier connection."""
-        mark = hash(data)
-        event = None if mark in self.replayed or self.finished else self._event(data)
+    def _fresh(self, message: ServerSentEvent) -> Optional[TaskUpdateEvent]:
+        """The event of a message, if it is one and was not seen on an earlier connection."""
+        mark = hash(message.data)
+        event = None if mark in self.replayed or self.finished else self._event(message.data)
         if event is None or event.type == "connected" and self.shook_hands:  # each connection sends one
-            return
+            return None
         if event.type == "connected":
             self.shook_hands = True
         else:
             self.replayed = set()
             self.seen.append(mark)
-        batch.append(event)
         self.finished = event.type == "task_finished" and event.task_id == self.task_id
+        return event
 
     def _event(self, data: str) -> Optional[TaskUpdateEvent]:
         try:
