@@ -1013,6 +1013,16 @@ class _Response(http.client.HTTPResponse):
     rest = b""  # what came of the next chunk's size, or after the last chunk
     ended = False  # the last chunk came
 
+    def begin(self) -> None:
+        super().begin()
+        for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
+            if not 101 < self.status < 200:
+                break
+            self.headers = None  # type: ignore[assignment]
+            super().begin()
+        if self.headers.get("Transfer-Encoding") and not self.chunked:
+            raise http.client.HTTPException("its Transfer-Encoding is another than chunked")
+
     def read_some(self) -> bytes:
         """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off."""
         if self.chunked and self.length is None:  # a 204 has the length 0, whatever it says of chunks
@@ -1165,8 +1175,6 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         context = self._context if request.type == "https" else None
         return self._send(_Connection(request, context, self._trusted), request)
 
-    https_open = http_open
-
     def _kept(self, request: _Request) -> Optional[_Connection]:
         """An idle connection that serves the request; those that cannot be used any more are closed."""
         for connection in self.idle[::-1]:
@@ -1179,7 +1187,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         return None
 
     def _send(self, connection: _Connection, request: _Request) -> _Response:
-        headers, response = dict(request.header_items()), None
+        headers = dict(request.header_items())
         if connection.context:
             headers.pop("Proxy-authorization", None)  # which the proxy of a tunnel alone may see
         if not request.keep:
@@ -1189,17 +1197,8 @@ class _Handler(urllib.request.AbstractHTTPHandler):
                 request.line.hold(connection.sock)
             connection.request(request.get_method(), request.selector, request.data, headers)
             response = cast(_Response, connection.getresponse())
-            for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
-                if not 101 < response.status < 200:
-                    break
-                response.headers = None  # type: ignore[assignment]
-                response.begin()
-            if response.headers.get("Transfer-Encoding") and not response.chunked:
-                raise http.client.HTTPException("its Transfer-Encoding is another than chunked")
         except BaseException:
             connection.close()
-            if response:
-                response.close()
             raise
         response.connection = connection
         return response
@@ -1208,8 +1207,8 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         """Keep the connection of an answer that was read to its end."""
         connection = response.connection
         whole = not response.ended or response.rest == b"\r\n"  # after the last chunk: no trailers
-        may_stay = request.keep and whole and response.status >= 200 and not response.will_close
-        if connection and connection.sock and may_stay and len(self.idle) < _KEEP_CONNECTIONS:
+        may_stay = request.keep and whole and response.status >= 200 and len(self.idle) < _KEEP_CONNECTIONS
+        if connection and connection.sock and may_stay:  # one that is to close has no socket any more
             # so that no hang-up reaches whoever uses it next, and no large body stays with it
             response.connection = request.line.socket = request.data = None
             response.close()
@@ -1234,7 +1233,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         following.guarded, following.hops = request.guarded, request.hops + 1
         return self.parent.open(following, timeout=request.timeout)
 
-    https_response = http_response
+    https_open, https_response = http_open, http_response
 
 
 def _close_all(connections: List[_Connection]) -> None:
@@ -1788,8 +1787,7 @@ def _is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
         ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(ip.packed[12:]) if nat64 else ip)
-    site_local = isinstance(ip, ipaddress.IPv6Address) and ip.is_site_local
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or site_local)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
 
 
 def _judge_addresses(host: str, found: Iterable[Tuple[Any, ...]]) -> None:
@@ -1851,20 +1849,18 @@ class _FileWork:
         self.results: List[_Got] = [TimeoutError("not fetched in time") for _ in urls]
 
     def run(self, line: _Line) -> None:
-        while True:
-            try:
+        with contextlib.suppress(IndexError):  # nothing is left to do
+            while True:
                 number, url = self.todo.popleft()
-            except IndexError:
-                return
-            content = bytearray()
-            try:
-                self.results[number] = self.fetch(url, line, content)
-            except Exception as error:  # whatever strangers' bytes bring about, it is about one file
-                with self.lock:
-                    self.held -= len(content)
-                self.results[number] = error
-                if isinstance(error, _Refused):
-                    _warn("a file was left out: %s", error)
+                content = bytearray()
+                try:
+                    self.results[number] = self.fetch(url, line, content)
+                except Exception as error:  # whatever strangers' bytes bring about, it is about one file
+                    with self.lock:
+                        self.held -= len(content)
+                    self.results[number] = error
+                    if isinstance(error, _Refused):
+                        _warn("a file was left out: %s", error)
 
     def fetch(self, url: str, line: _Line, content: bytearray) -> Tuple[bytes, Optional[str]]:
         request = _Request("GET", _clean_url(url), {"Accept": "*/*"}, line)
