@@ -25,6 +25,7 @@ import dataclasses
 import email.utils
 import functools
 import http.client
+import itertools
 import json
 import math
 import os
@@ -1159,6 +1160,10 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         # a fork stays locked for ever.
         self.idle: List[_Connection] = []
 
+    def close(self) -> None:
+        while self.idle:
+            self.idle.pop().close()
+
     def http_open(self, request: Any) -> _Response:
         if request.type != urllib.parse.urlsplit(request.full_url).scheme:
             raise _Refused("a proxy for http URLs must be an http URL itself")
@@ -1236,11 +1241,6 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     https_open, https_response = http_open, http_response
 
 
-def _close_all(connections: List[_Connection]) -> None:
-    while connections:
-        connections.pop().close()
-
-
 def _origin(url: str) -> Tuple[str, Optional[str], Optional[int]]:
     """RFC 6454, section 5: scheme, host and port."""
     parts = urllib.parse.urlsplit(url)
@@ -1283,10 +1283,8 @@ class _Transport:
         # ProxyHandler(None) goes by urllib's rules
         for handler in urllib.request.ProxyHandler(proxies), self._handler, urllib.request.UnknownHandler():
             self.opener.add_handler(handler)
-        weakref.finalize(self, _close_all, self._handler.idle)
-
-    def close(self) -> None:
-        _close_all(self._handler.idle)
+        self.close = self._handler.close  # of the idle connections; whoever waits for an answer keeps his
+        weakref.finalize(self, self.close)
 
     def request(self, method: str, url: str, headers: Mapping[str, str], line: _Line) -> _Request:
         """A request with the key: for the API and the events, never for files."""
@@ -1318,7 +1316,7 @@ class _Transport:
 
     def pause(self, error: ModuleException, again: _Again, failures: int, line: _Line) -> float:
         """Seconds to the next try, as the server asked or growing and jittered. No next try: the error."""
-        growing = min(8.0, 0.5 * 2.0 ** min(failures, 9)) * random.uniform(0.5, 1.0)
+        growing = 0.5 * 2.0 ** min(failures, 4) * random.uniform(0.5, 1.0)
         seconds = growing if error._retry_after is None else error._retry_after
         fits = error.status_code in again[0] if error.answered else isinstance(error.__cause__, again[1])
         over = failures >= self.max_retries or line.hung_up.is_set()
@@ -1419,9 +1417,7 @@ def iter_sse(chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
 
     WHATWG HTML, section 9.2.6, "Interpreting an event stream". Does no I/O.
     """
-    feed = _Parser().feed
-    for chunk in chunks:
-        yield from feed(chunk)
+    return itertools.chain.from_iterable(map(_Parser().feed, chunks))
 
 
 class _Parser:
@@ -1432,13 +1428,17 @@ class _Parser:
         self._bom = b"\xef\xbb\xbf"  # which only the first event may start with
         self._pending: List[bytes] = []  # joined once an event is whole: linear at any chunk size
         self._size = 0
-        self._ended_cr = False  # the last byte was a CR: an LF that follows belongs to it
+        self._ended_cr = False  # an LF that follows belongs to it
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
         """The events that this chunk completes."""
         whole = b""
         if self._ended_cr or b"\n" in chunk or b"\r" in chunk:  # others complete nothing
-            chunk = self._with_lf(chunk)
+            if self._ended_cr and chunk[:1] == b"\n":  # a CRLF over two chunks counts once
+                chunk, self._ended_cr = chunk[1:], False
+            if chunk:
+                self._ended_cr = chunk.endswith(b"\r")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             blank = chunk[:1] == b"\n" and self._pending and self._pending[-1].endswith(b"\n")
             if blank or b"\n\n" in chunk:
                 whole, _, chunk = b"".join([*self._pending, chunk]).rpartition(b"\n\n")
@@ -1448,14 +1448,6 @@ class _Parser:
             self._pending.append(chunk)
             self._size += len(chunk)
         return self._events(whole) if whole or self._size > _MAX_EVENT else ()
-
-    def _with_lf(self, chunk: bytes) -> bytes:
-        """The chunk with LF for each end of a line, a CRLF over two chunks counted once."""
-        if self._ended_cr and chunk[:1] == b"\n":
-            chunk, self._ended_cr = chunk[1:], False
-        if chunk:
-            self._ended_cr = chunk.endswith(b"\r")
-        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _events(self, whole: bytes) -> Iterator[ServerSentEvent]:
         sizes = map(len, whole.split(b"\n\n") if len(whole) > _MAX_EVENT else ())
@@ -1564,6 +1556,7 @@ class _Stream:
         if not task.events_streaming:
             raise ValueError("no events: create the task with events_streaming=True, or wait_finished()")
         self.task, self.configuration = task, task.configuration
+        self.transport = self.configuration._transport
         self.line, self.parser = _Line(), _Parser()
         self.seen: Deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of data
         self.replayed: Set[int] = set()  # those seen, while what comes may be a repetition
@@ -1571,10 +1564,9 @@ class _Stream:
 
     def batches(self) -> Generator[List[TaskUpdateEvent], None, None]:
         """The events, as many at a time as came together, until the task is over."""
-        task = self.task
-        self.task_id, self.url = task.id, self.configuration._events_url(task)
-        self.required = _plain({name: getattr(task, name) for name in _REQUIRED})
-        self.patience = _FINAL_SILENCE if task.is_finished else math.inf  # seconds without an event
+        self.task_id, self.url = self.task.id, self.configuration._events_url(self.task)
+        self.required = _plain({name: getattr(self.task, name) for name in _REQUIRED})
+        self.patience = _FINAL_SILENCE if self.task.is_finished else math.inf  # seconds without an event
         while True:
             response = self._connect()
             if response:
@@ -1600,8 +1592,7 @@ class _Stream:
             try:
                 return self._open()
             except ModuleException as error:
-                transport = self.configuration._transport
-                pause = transport.pause(error, _AGAIN_STREAM, failures, self.line)
+                pause = self.transport.pause(error, _AGAIN_STREAM, failures, self.line)
             _wait(pause, self.line)  # here, so that a Ctrl-C is one plain traceback
             failures += 1
 
@@ -1611,29 +1602,28 @@ class _Stream:
         if re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", last_id):
             headers["Last-Event-ID"] = last_id.decode("latin-1")  # which is what http.client sends
         self.line.connected = False
-        transport = self.configuration._transport
-        request = transport.request("GET", self.url, headers, self.line)
+        request = self.transport.request("GET", self.url, headers, self.line)
         try:
             idle_timeout = min(self.configuration.idle_timeout, self.patience)
-            response: _Response = transport.opener.open(request, timeout=idle_timeout)
+            response: _Response = self.transport.opener.open(request, timeout=idle_timeout)
         except _FAILURES as error:
             if isinstance(error, _TIMEOUTS) and self.line.connected:
                 return None
-            raise transport.no_answer(request.place, error) from error
+            raise self.transport.no_answer(request.place, error) from error
         if not 200 <= response.status < 300:
             body = bytearray()
             with response, contextlib.suppress(*_FAILURES):
                 if self.line.socket:
                     self.line.socket.settimeout(_REFUSAL_SECONDS)
                 response.read_all(body, 65536, _REFUSAL_SECONDS)
-            transport.judge(response, body, request.place)  # which raises
+            self.transport.judge(response, body, request.place)  # which raises
         return response
 
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
         """The events of one connection, until it ends in whatever way."""
         kind, status = response.headers.get_content_type(), response.status
         if status != 204 and (status, kind) != (200, "text/event-stream"):
-            kind = self.configuration._transport.hide(kind)
+            kind = self.transport.hide(kind)
             raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.replayed = set(self.seen)
@@ -1726,8 +1716,7 @@ _bells: weakref.WeakKeyDictionary[Any, _Bell] = weakref.WeakKeyDictionary()  # b
 
 def _events(stream: _Stream) -> Generator[TaskUpdateEvent, None, None]:
     with contextlib.closing(stream.batches()) as batches:
-        for batch in batches:
-            yield from batch
+        yield from itertools.chain.from_iterable(batches)
 
 
 async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
@@ -1812,12 +1801,11 @@ def _may_fetch(configuration: Configuration, url: str) -> bool:
     """Whether our rules let somebody else fetch the URL; a warning says why not."""
     try:
         _judge_host(_clean_url(url), configuration.trusted_file_hosts)
-    except _Refused as error:
-        _warn("a file was left out: %s", error)
+        return True
+    except ValueError as error:
+        if isinstance(error, _Refused):  # else it is no URL
+            _warn("a file was left out: %s", error)
         return False
-    except ValueError:
-        return False  # no URL
-    return True
 
 
 def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Got]:
