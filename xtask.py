@@ -45,7 +45,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import (
     Any, AsyncGenerator, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Set, Tuple, Type, TypeVar, Union, cast,
+    Optional, Tuple, Type, TypeVar, Union, cast,
 )
 
 __version__ = "1.0.0"
@@ -972,8 +972,7 @@ class _Line:
 
     def hang_up(self) -> None:
         self.hung_up.set()
-        sock = self.socket
-        if sock:
+        if sock := self.socket:
             # close() would not wake a blocked read, and SSLSocket's own shutdown() takes the TLS layer
             # away under the thread that reads
             with contextlib.suppress(OSError):
@@ -1111,16 +1110,15 @@ class _Connection(http.client.HTTPConnection):
 
     def is_usable(self) -> bool:
         """Whether it is fresh, of this process and silent: an idle one only says that it ends."""
-        if not 0 <= time.time() - self.idle_since < _KEEP_SECONDS or self.process != os.getpid():
-            return False
-        try:
-            self.sock.setblocking(False)
-            self.sock.recv(1)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            self.sock.settimeout(self.timeout)
-            return True
-        except OSError:
-            pass  # closed meanwhile
+        if 0 <= time.time() - self.idle_since < _KEEP_SECONDS and self.process == os.getpid():
+            try:
+                self.sock.setblocking(False)
+                self.sock.recv(1)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self.sock.settimeout(self.timeout)
+                return True
+            except OSError:
+                pass  # closed meanwhile
         return False
 
 
@@ -1170,8 +1168,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         if request.guarded and request.proxied:
             # names are the proxy's to resolve; an address that is written out can be judged
             _judge_host(request.full_url, self._trusted, socket.AI_NUMERICHOST)
-        kept = self._kept(request)
-        if kept:
+        if kept := self._kept(request):
             with contextlib.suppress(*_BROKEN):  # closed while it lay idle: no answer was lost
                 return self._send(kept, request)
             request.was_sent = True
@@ -1455,9 +1452,7 @@ class _Parser:
         for block in whole.decode("utf-8", "replace").split("\n\n")[:fitting]:
             if block.startswith("data: ") and "\n" not in block:  # nearly all: half the time
                 yield ServerSentEvent("message", block[6:], self.last_id, self.retry)
-                continue
-            event = self._event(block)
-            if event:
+            elif event := self._event(block):
                 yield event
         if fitting is not None or self._size > _MAX_EVENT:
             raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
@@ -1559,7 +1554,6 @@ class _Stream:
         self.transport = self.configuration._transport
         self.line, self.parser = _Line(), _Parser()
         self.seen: Deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of data
-        self.replayed: Set[int] = set()  # those seen, while what comes may be a repetition
         self.shook_hands = self.finished = False
 
     def batches(self) -> Generator[List[TaskUpdateEvent], None, None]:
@@ -1626,7 +1620,7 @@ class _Stream:
             kind = self.transport.hide(kind)
             raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
-        self.replayed = set(self.seen)
+        self.replayed = set(self.seen)  # while what comes may be a repetition
         spoke = time.monotonic()
         try:
             for chunk in iter(response.read_some, b""):
@@ -1728,15 +1722,12 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
     thread = threading.Thread(target=stream.relay, args=(loop, bell, queue, room), daemon=True)
     thread.start()
     try:
-        while True:
-            batch = await queue.get()
+        while batch := await queue.get():
             room.release()
-            if not isinstance(batch, list):
-                break
+            if isinstance(batch, BaseException):
+                raise batch
             for event in batch:
                 yield event
-        if batch is not None:
-            raise batch
     finally:
         for exponent in range(8):  # some 0.1 s: a thread inside a name look-up ends with it
             stream.line.hang_up()  # again: it may have been about to connect
