@@ -988,11 +988,9 @@ class _Request(urllib.request.Request):
     hops = 0  # redirects that led here
 
     def __init__(self, method: str, url: str, headers: Mapping[str, str], line: _Line) -> None:
-        super().__init__(url, method=method)
-        self.line = line
+        super().__init__(url, None, dict(headers), method=method)
+        self.line, self.given = line, headers  # those of ours: urllib adds its own, and a proxy's password
         self.place = self.host  # of the URL: `host` is where to connect, the proxy's once there is one
-        for name, value in headers.items():
-            self.add_unredirected_header(name, value)  # add_header's would follow any redirect
 
     @property
     def route(self) -> Tuple[str, str, str]:
@@ -1230,8 +1228,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
             raise ModuleException(response.status, text)
         if request.hops >= _MAX_REDIRECTS:
             raise ModuleException(response.status, f"redirected more than {_MAX_REDIRECTS} times")
-        headers = {k: v for k, v in request.unredirected_hdrs.items() if k != "Host"}
-        following = _Request("GET", _clean_url(target), headers, request.line)
+        following = _Request("GET", _clean_url(target), request.given, request.line)
         following.guarded, following.hops = request.guarded, request.hops + 1
         return self.parent.open(following, timeout=request.timeout)
 
@@ -1300,7 +1297,7 @@ class _Transport:
             request.keep = method != "POST"
             if body is not None:
                 request.data = json.dumps(body, allow_nan=False).encode()
-                request.add_unredirected_header("Content-Type", "application/json")
+                request.add_header("Content-Type", "application/json")
             try:
                 return self._once(request)
             except ModuleException as error:
