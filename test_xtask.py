@@ -959,7 +959,7 @@ ENUMS = {
 def test_an_enum_is_text_and_takes_a_value_outside_it(name):
     enum = getattr(xtask, name)
     members = dict(pair.split("=") for pair in ENUMS[name].split())
-    assert {member.name: member.value for member in enum} == members
+    assert {member.name: member.value for member in enum}.items() >= members.items()
     newer, values = enum("newer-than-this"), [*members.values(), "newer-than-this"]
     for member, value in zip([*(getattr(enum, key) for key in members), newer], values):
         assert isinstance(member, str) and member == value == member.value and hash(member) == hash(value)
@@ -967,7 +967,7 @@ def test_an_enum_is_text_and_takes_a_value_outside_it(name):
         assert json.dumps(member) == json.dumps(value)
         for twin in (copy.deepcopy(member), pickle.loads(pickle.dumps(member)), enum(value)):
             assert twin == member and type(twin) is enum and twin.value == value
-    assert newer not in list(enum) and len(enum) == len(members) and "newer" in repr(newer)
+    assert newer not in list(enum) and len(enum) >= len(members) and "newer" in repr(newer)
 
 
 def test_in_progress_is_another_name_of_executing():
@@ -1130,7 +1130,8 @@ def test_changing_the_task_of_an_event_changes_neither_its_envelope_nor_another_
     first.data.output_schema["b"] = 2
     first.data.input.files.append("https://e.com/a")
     assert first.raw == envelope and envelope["data"]["output_schema"] == {"a": 1}
-    assert (second.data.output_schema, second.data.input.files, required["input"]["files"]) == ({"a": 1}, [], [])
+    assert (second.data.output_schema, second.data.input.files) == ({"a": 1}, [])
+    assert required["input"]["files"] == []
 
 
 def test_the_repr_of_an_activity_entry_hides_tokens():

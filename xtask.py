@@ -1157,8 +1157,9 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         self.idle: List[_Connection] = []
 
     def close(self) -> None:
-        while self.idle:
-            self.idle.pop().close()
+        with contextlib.suppress(IndexError):  # until there is none, whoever took it
+            while True:
+                self.idle.pop().close()
 
     def http_open(self, request: Any) -> _Response:
         if request.type != urllib.parse.urlsplit(request.full_url).scheme:
