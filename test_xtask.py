@@ -2404,7 +2404,8 @@ def test_a_list_that_is_none_is_a_module_exception(answer):
 
 @pytest.mark.parametrize(
     "url",
-    ["ftp://my.com", "file:///etc/passwd", "http://", "https://user:s3cret@my.com", "http://my.com:port"])
+    ["ftp://my.com", "file:///etc/passwd", "http://", "https://user:s3cret@my.com", "http://my.com:port",
+     "http://:8080"])
 def test_a_base_url_that_is_none_is_a_value_error_at_once(url):
     with pytest.raises(ValueError) as caught:
         configuration(url)

@@ -21,13 +21,11 @@ for tests and the terminal program) may be cut off. Python 3.9 or newer, no othe
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import email.utils
 import functools
 import http.client
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -40,7 +38,7 @@ import urllib.parse
 import urllib.request
 import weakref
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from enum import Enum
 from typing import (
@@ -238,9 +236,9 @@ class _Record:
     @functools.cache
     def _plan(cls: type) -> Tuple[Dict[str, Any], List[Tuple[str, type, Callable[[Any], Any]]]]:
         """The fields with their defaults, but for `extra` and `raw`; what converts JSON of which type."""
-        fields = [f for f in dataclasses.fields(cls) if f.name not in ("extra", "raw")]
-        defaults = {f.name: getattr(cls, f.name, [] if f.default_factory is list else None) for f in fields}
-        return defaults, [(f.name, *f.metadata["load"]) for f in fields if "load" in f.metadata]
+        own = [f for f in fields(cls) if f.name not in ("extra", "raw")]
+        defaults = {f.name: getattr(cls, f.name, [] if f.default_factory is list else None) for f in own}
+        return defaults, [(f.name, *f.metadata["load"]) for f in own if "load" in f.metadata]
 
     @classmethod
     def from_dict(cls: Type[_R], data: Mapping[str, Any]) -> _R:
@@ -496,7 +494,7 @@ class Configuration:
         return self  # immutable, and its connections are there to be shared
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def _transport(self) -> _Transport:
@@ -832,7 +830,7 @@ class Task(_Record):
 
     def get_files(self) -> List[Any]:
         """The PDFs: `agno.media.File` with their bytes where agno is installed, else URLs."""
-        urls = self._files(_PDF)
+        urls = self._files((".pdf",))
         try:
             from agno.media import File  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
@@ -1050,7 +1048,7 @@ class _Response(http.client.HTTPResponse):
                 raise http.client.HTTPException("a chunk without a size")
         return data
 
-    def read_all(self, body: bytearray, limit: int = _MAX_ANSWER, seconds: float = math.inf) -> None:
+    def read_all(self, body: bytearray, limit: int = _MAX_ANSWER, seconds: float = float("inf")) -> None:
         """Read the whole body, into `body`, which has what came when this fails."""
         ends = time.monotonic() + seconds
         for part in iter(self.read_some, b""):
@@ -1304,8 +1302,7 @@ class _Transport:
             except ModuleException as error:
                 if method == "DELETE" and error.status_code == 404 and (failures or request.was_sent):
                     return _Answer(None, b"", request.place)  # the first try did it, its answer was lost
-                again = _AGAIN_POST if method == "POST" else _AGAIN
-                pause = self.pause(error, again, failures, request.line)
+                pause = self.pause(error, _AGAIN_POST if method == "POST" else _AGAIN, failures, request.line)
             _wait(pause, request.line)  # here, so that a Ctrl-C is one plain traceback
             failures += 1
 
@@ -1558,7 +1555,7 @@ class _Stream:
         """The events, as many at a time as came together, until the task is over."""
         self.task_id, self.url = self.task.id, self.configuration._events_url(self.task)
         self.required = _plain({name: getattr(self.task, name) for name in _REQUIRED})
-        self.patience = _FINAL_SILENCE if self.task.is_finished else math.inf  # seconds without an event
+        self.patience = _FINAL_SILENCE if self.task.is_finished else float("inf")  # seconds without an event
         while True:
             response = self._connect()
             if response:
@@ -1615,8 +1612,8 @@ class _Stream:
         """The events of one connection, until it ends in whatever way."""
         kind, status = response.headers.get_content_type(), response.status
         if status != 204 and (status, kind) != (200, "text/event-stream"):
-            kind = self.transport.hide(kind)
-            raise ModuleException(500, f"The stream's answer is {status} {kind}, not 200 text/event-stream")
+            text = f"The stream's answer is {status} {kind}, not 200 text/event-stream"
+            raise ModuleException(500, self.transport.hide(text))
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.replayed = set(self.seen)  # while what comes may be a repetition
         spoke = time.monotonic()
@@ -1738,7 +1735,6 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
 # ---- Files: URLs that come from strangers ------------------------------------------------------------------
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp", ".svg")
-_PDF = (".pdf",)
 _READABLE = (
     ".txt", ".csv", ".json", ".xml", ".html", ".htm", ".md", ".rst", ".yaml", ".yml", ".py", ".js",
     ".ts", ".java", ".c", ".cpp", ".h", ".cs", ".go", ".rb", ".php", ".sh",
