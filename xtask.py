@@ -417,7 +417,7 @@ def _entry(entry: Any) -> Any:
         found, fits = AgentActivityThreadToolCall, isinstance(entry["tool_name"], str)
     elif kind in ("think", "analyze"):
         texts = map(entry.get, ("title", "thought", "action", "result", "analysis"))
-        found, fits = AgentActivityThreadReasoning, all(isinstance(t, (str, type(None))) for t in texts)
+        found, fits = AgentActivityThreadReasoning, {*map(type, texts)} <= {str, type(None)}
     elif "query" in entry:
         found, fits = AgentActivityThreadSubAgentTrigger, isinstance(entry["query"], str)
     else:
@@ -1638,7 +1638,7 @@ class _Stream:
         if event.type == "connected":
             self.shook_hands = True
         else:
-            self.replayed = set()
+            self.replayed.clear()
             self.seen.append(mark)
         self.finished = event.type == "task_finished" and event.task_id == self.task_id
         return event
