@@ -881,6 +881,7 @@ ENTRY_KINDS = [  # the entry's own keys, and the kind that they tell: the first 
     ({"type": "think", "title": "x", "query": "y"}, "Reasoning"),
     ({"type": "analyze", "title": "x", "analysis": "y"}, "Reasoning"),
     ({"type": "think", "title": "x", "thought": {"no": "text"}}, "OtherEntry"),
+    ({"type": "think", "analysis": 1}, "OtherEntry"),
     ({"type": "ponder", "title": "x"}, "OtherEntry"),
     ({"query": "x", "type": "login_required", "data": {}}, "SubAgentTrigger"),
     ({"query": ["x"]}, "OtherEntry"),
@@ -1110,6 +1111,18 @@ def test_secrets_are_in_no_repr_however_they_are_wrapped(shown):
     result = xtask.ToolCallResult("r", "o", payload=shown, result=[shown])
     assert "s3cret" not in repr(result) + repr(make_task(None, title=shown))
     assert "s3cret" in json.dumps(result.to_dict()), "what is no secret of ours stays as it came"
+
+
+def test_a_repr_shows_what_is_no_secret():
+    shown = {"query": ["x", {"city": "Rome", "access_token": None}], "api_key": "s3cret"}
+    hidden = {"query": ["x", {"city": "Rome", "access_token": None}], "api_key": "***"}
+    assert repr(hidden) in repr(xtask.ToolCallRequest("r", "o", payload=shown))
+
+
+def test_a_log_that_is_made_by_hand_has_no_messages_and_shares_none():
+    first, second = xtask.AgentActivityThread("t"), xtask.AgentActivityThread("u")
+    first.messages.append(1)
+    assert (first.messages, second.messages) == ([1], [])
 
 
 def test_a_repr_of_what_is_nested_hundreds_deep_is_cut():
@@ -1890,6 +1903,27 @@ def test_a_field_changed_while_the_save_was_under_way_keeps_its_change(face):
         task.save()
     assert [body for _, _, body in arrived(server)] == [
         {"title": "Saved"}, {"title": "Newer", "input": {"text": "Hi", "files": ["late"]}, "new": True}]
+
+
+def test_what_is_taken_out_of_extra_while_the_save_is_under_way_is_the_servers_again():
+    def take_out(connection):
+        del task.extra["tokens"]
+        connection.answer(200, task_dict(title="New", tokens=2))
+
+    with answering(take_out) as server:
+        task = make_task(server.config, tokens=1)
+        task.title = "New"
+        assert task.save().extra == {"tokens": 2}
+
+
+def test_a_status_that_could_not_be_set_is_kept_and_sent_by_the_next_save():
+    with answering((403, {"detail": "Not yours"}), (200, task_dict(status="executing"))) as server:
+        task = make_task(server.config)
+        with pytest.raises(xtask.ModuleException):
+            task.set_status("executing")
+        assert type(task.status) is xtask.AgentExecutionStatus
+        task.save()
+    assert [body for _, _, body in arrived(server)] == [{"status": "executing"}] * 2
 
 
 @pytest.mark.parametrize("answer", [(204, b""), (200, b"")], ids=["204", "empty"])
@@ -2909,6 +2943,7 @@ def test_when_the_server_says_that_the_task_is_final_the_last_event_is_made_from
         assert len(server.streams) == 1
     assert isinstance(last, xtask.TaskUpdateEvent) and last.type is xtask.TaskUpdateEventType.TaskFinished
     assert (last.task_id, last.organization_id) == ("t-1", ORG)
+    assert (last.time, last.raw["time"]) == (last.data.finished_at, "2025-11-06T06:42:00Z")
     assert isinstance(last.data, xtask.Task) and last.data.to_dict() == server.task
     assert (last.data.status, last.data.result) == ("failed", "why")
 
@@ -3580,6 +3615,7 @@ def test_a_hundred_loads_and_saves_open_one_connection():
             assert xtask.Task.load(f"t-{number}", server.config).id == f"t-{number}"
             assert save(task, f"step {number}").internal_status == f"step {number}"
         assert (server.connections, len(server.requests)) == (1, 100)
+        assert not any("close" in headers.get("connection", "") for _, _, headers, _ in server.requests)
 
 
 def test_sixteen_threads_at_once_get_their_own_answers():
@@ -4516,6 +4552,15 @@ def test_a_file_without_end_is_cut_at_10_mib():
         first, second = read_files(server, "/endless.txt", "/good.txt")
         assert (first, second) == ("Error: the file is too large", "good")
     assert len(sent) < 40
+
+
+def test_what_a_file_that_failed_held_is_free_for_the_others(monkeypatch):
+    monkeypatch.setattr(xtask, "_MAX_FILES", 100)
+    monkeypatch.setattr(xtask, "_FILE_THREADS", 1)
+    cut_off = "HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n" + "x" * 80
+    files = {"/cut.txt": lambda connection: connection.send(cut_off), "/good.txt": b"y" * 90}
+    with RawServer(site(files)) as server:
+        assert read_files(server, "/cut.txt", "/good.txt") == [FAILED, "y" * 90]
 
 
 def test_ten_mib_are_allowed_and_no_byte_more():
