@@ -3453,10 +3453,10 @@ print(json.dumps([count, peak() - start]))
 
 @both_faces
 @pytest.mark.skipif(os.name == "nt", reason="reads the memory's peak as Unix tells it")
-def test_a_hundred_thousand_events_grow_the_process_by_less_than_10_mib(face):
+def test_fifty_thousand_events_grow_the_process_by_less_than_10_mib(face):
     def stream(connection):
         connection.start_stream()
-        for _ in range(100):
+        for _ in range(50):
             connection.send(thousand)
         connection.send(FINISHED)
 
@@ -3466,7 +3466,7 @@ def test_a_hundred_thousand_events_grow_the_process_by_less_than_10_mib(face):
         done = run_python(GROWTH, json.dumps([server.url, face, task_dict()]))
     assert (done.stderr, done.returncode) == ("", 0)
     count, grown = json.loads(done.stdout)
-    assert count == 100_001 and grown < 10 * 1024
+    assert count == 50_001 and grown < 10 * 1024
 
 
 # -- Ctrl-C
