@@ -4180,6 +4180,20 @@ def test_https_goes_through_a_tunnel_of_https_proxy(password, certificate, monke
             assert "proxy-authorization" not in headers  # what the platform need not know
 
 
+def test_a_tunnel_names_the_port_that_the_url_leaves_out(monkeypatch):
+    def refuse(connection, number):
+        connection.request()
+        connection.answer(403, b"", reason="No")
+
+    with RawServer(refuse) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        with configuration("https://api.invalid", max_retries=0) as config:
+            with pytest.raises(xtask.ModuleException, match="refused the tunnel: 403 No"):
+                CALLS["GET"](config)
+        (method, target, headers, _), = proxy.requests
+    assert (method, target, headers["host"]) == ("CONNECT", "api.invalid:443", "api.invalid:443")
+
+
 def test_an_event_stream_goes_through_the_tunnel_too(certificate, monkeypatch):
     def script(connection, number):
         connection.request()
