@@ -41,6 +41,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import warnings
+import weakref
 import zipfile
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -3229,7 +3230,7 @@ def test_leaving_hangs_up_on_no_connection_that_another_call_uses(monkeypatch):
 
 CLOSED_LOOP = """
 import asyncio, gc, sys, threading, time, xtask
-config = xtask.Configuration("k", "o", sys.argv[1])
+config = xtask.Configuration("k", "o", sys.argv[1], idle_timeout=0.3)
 task = xtask.Task.from_dict({"id": "t-1", "events_streaming": True, "status": "executing"}, config)
 loop = asyncio.new_event_loop()
 events = task.aevents()
@@ -3247,17 +3248,46 @@ sys.exit("a thread was left")
 
 
 @pytest.mark.parametrize("what", ["hold", "collect"])
-@pytest.mark.parametrize("more", [sse("chunk", "x" * 4096), ": ping\n\n"], ids=["events", "comments"])
+@pytest.mark.parametrize("more", [sse("chunk", "x" * 4096), ": ping\n\n", ""],
+                         ids=["events", "comments", "nothing"])
 def test_a_loop_that_is_closed_under_a_stream_leaves_no_thread_and_no_noise(what, more):
     def script(connection, number):
-        connection.request()
-        connection.start_stream()
-        connection.event("chunk", "1")
-        repeats(more)(connection)
+        for _, path, _, _ in iter(connection.request, None):
+            if path.endswith("/status"):
+                connection.answer(200, task_dict())
+                continue
+            connection.start_stream()
+            if number == 1:
+                connection.event("chunk", "1")
+            return repeats(more)(connection) if more else connection.wait_closed()
 
     with RawServer(script) as server:
         done = run_python(CLOSED_LOOP, server.url, what)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_loop_whose_streams_were_left_is_not_kept():
+    async def main():
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        async for _ in make_task(server.config).aevents():
+            break
+
+    def script(connection, number):
+        connection.request()
+        connection.start_stream()
+        connection.event("chunk", "1")
+        for _ in range(200):  # or until the client leaves
+            connection.send(sse("chunk", "x" * 50_000))
+
+    loops = []
+    with RawServer(script) as server:
+        for _ in range(100):
+            asyncio.run(main())
+        ends = time.monotonic() + 5
+        while any(loop() for loop in loops) and time.monotonic() < ends:
+            gc.collect()
+            time.sleep(0.01)
+    assert [loop for loop in loops if loop()] == []
 
 
 @pytest.mark.parametrize("when", ["in-the-pause", "while-it-loads"])
@@ -4301,6 +4331,19 @@ def test_an_answer_is_whole_with_its_last_chunk(method, size):
         began = time.monotonic()
         CALLS[method](server.config)
         assert time.monotonic() - began < 5 and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("cut", [0, 30])
+def test_an_answer_that_nobody_asked_for_is_nobodys(cut):
+    def script(connection, number):
+        while connection.request():
+            body = json.dumps(task_dict())
+            whole = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+            connection.send(whole + whole.replace("t-1", "bad")[: cut or None])
+
+    with RawServer(script) as server:
+        assert [xtask.Task.load("t-1", server.config).id for _ in range(3)] == ["t-1"] * 3
+        assert server.connections == 3
 
 
 def test_a_connection_that_is_to_close_is_not_kept_whatever_came_before_the_answer():

@@ -1006,7 +1006,7 @@ class _Response(http.client.HTTPResponse):
     fp: Any = None  # or a Ctrl-C in the constructor leaves what cannot be closed
     connection: Optional[_Connection] = None
     left = 0  # bytes still to come of the current chunk
-    rest = b""  # what came of the next chunk's size, or after the last chunk
+    rest = b""  # what came of the next chunk's size, or after the last chunk or the body
     ended = False  # the last chunk came
 
     def begin(self) -> None:
@@ -1023,11 +1023,14 @@ class _Response(http.client.HTTPResponse):
         """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off."""
         if self.chunked and self.length is None:  # a 204 has the length 0, whatever it says of chunks
             return self._read_chunks()
-        part: bytes = self.fp.read1(65536 if self.length is None else min(self.length, 65536))
-        if self.length:
-            self.length -= len(part)
+        if self.length == 0:
+            return b""
+        part: bytes = self.fp.read1(65536)
+        if self.length is not None:
             if not part:
                 raise http.client.IncompleteRead(part)
+            part, self.rest = part[: self.length], part[self.length :]
+            self.length -= len(part)
         return part
 
     def _read_chunks(self) -> bytes:
@@ -1205,7 +1208,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     def give_back(self, request: _Request, response: _Response) -> None:
         """Keep the connection of an answer that was read to its end."""
         connection = response.connection
-        whole = not response.ended or response.rest == b"\r\n"  # after the last chunk: no trailers
+        whole = response.rest == (b"\r\n" if response.ended else b"")  # no trailers, no further answer
         may_stay = request.keep and whole and response.status >= 200 and len(self.idle) < _KEEP_CONNECTIONS
         if connection and connection.sock and may_stay:  # one that is to close has no socket any more
             # so that no hang-up reaches whoever uses it next, and no large body stays with it
@@ -1227,7 +1230,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
             raise ModuleException(response.status, text)
         if request.hops >= _MAX_REDIRECTS:
             raise ModuleException(response.status, f"redirected more than {_MAX_REDIRECTS} times")
-        following = _Request("GET", _clean_url(target), request.given, request.line)
+        following = _Request("GET", _clean_url(target, "a redirect"), request.given, request.line)
         following.guarded, following.hops = request.guarded, request.hops + 1
         return self.parent.open(following, timeout=request.timeout)
 
@@ -1356,7 +1359,8 @@ class _Transport:
             reason = "no answer in time; see Configuration(timeout=...)"
         elif isinstance(error, http.client.IncompleteRead):
             reason = "the answer was cut off"
-        return ModuleException(500, f"No answer from {place}: {' '.join(reason.split())}", answered=False)
+        reason = " ".join(reason.split())[:300]
+        return ModuleException(500, f"No answer from {place}: {reason}", answered=False)
 
     def hide(self, text: Any) -> Any:
         """The text without the key, which a server may have put there."""
@@ -1557,6 +1561,7 @@ class _Stream:
         self.required = _plain({name: getattr(self.task, name) for name in _REQUIRED})
         self.patience = _FINAL_SILENCE if self.task.is_finished else float("inf")  # seconds without an event
         while True:
+            yield []  # so that whoever relays sees that his loop is closed
             response = self._connect()
             if response:
                 with response:
@@ -1700,7 +1705,8 @@ class _Bell:
             queue.put_nowait(item)
 
 
-_bells: weakref.WeakKeyDictionary[Any, _Bell] = weakref.WeakKeyDictionary()  # by loop
+# By loop, as long as it has streams: what is waiting refers to the loop, which would never go
+_bells: weakref.WeakValueDictionary[Any, _Bell] = weakref.WeakValueDictionary()
 
 
 def _events(stream: _Stream) -> Generator[TaskUpdateEvent, None, None]:
