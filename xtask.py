@@ -209,7 +209,7 @@ def _plain(value: Any) -> Any:
 
 def _default(value: Any) -> Any:
     if isinstance(value, _Record):
-        return value.to_dict()
+        return value._items()
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).isoformat()
     raise TypeError(f"{type(value).__name__} has no form in JSON")
@@ -260,13 +260,16 @@ class _Record:
 
     def to_dict(self) -> Dict[str, Any]:
         """The JSON object: every key that came, and every field that is set."""
+        return _plain(self)  # type: ignore[no-any-return]
+
+    def _items(self) -> Dict[str, Any]:
         wire, out = self._wire, {}
         for name, default in self._plan()[0].items():
             value = getattr(self, name)
             if name in wire or value != default:
                 unchanged = isinstance(value, datetime) and value == _time(wire.get(name))
                 out[name] = wire[name] if unchanged else value  # times in the server's spelling
-        return _plain({**out, **self.extra})  # type: ignore[no-any-return]
+        return {**out, **self.extra}
 
     def __repr__(self) -> str:
         shown = [f"{name}={_mask(getattr(self, name))!r}" for name in self._plan()[0]]
@@ -1896,9 +1899,9 @@ _Play = Generator[Tuple[str, Any], None, Any]  # what an agent yields, and retur
 def _local_agent(task: Dict[str, Any]) -> _Play:
     """The built-in agent: thinks, calls a tool and answers in chunks, in about a second."""
     about = str(task["input"]["text"])[:60]
+    call = {"request_id": "r1", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
     thought = {"title": "Plan", "confidence": 0.9, "thought": "One search will do.", "action": "Search"}
-    call = {"request_id": "r2", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
-    yield "think", {"request_id": "r1", "operation_id": "think", "payload": {"input": thought}}
+    yield "think", {"request_id": "r0", "operation_id": "think", "payload": {"input": thought}}
     yield "tool_call_request", call
     yield "tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}
     answer = f"A played answer to: {about}\nIt found three hits, and nothing left this machine."
@@ -1911,27 +1914,28 @@ def _local_agent(task: Dict[str, Any]) -> _Play:
 class _LocalRun:
     """One run of a task: its events, its log, and its agent's play."""
 
-    def __init__(self, task: Dict[str, Any], messages: List[Dict[str, Any]], lock: Any) -> None:
-        self.task, self.messages, self.over = task, messages, False
+    def __init__(self, task: Dict[str, Any], log: Dict[str, Any], lock: Any) -> None:
+        self.task, self.log, self.over = task, log, False
         self.events: List[bytes] = []  # as they go over the wire
         self.changed = threading.Condition(lock)  # one a run, so that an event wakes its own readers only
         self.emit("connected", {})
-        content = {name: task["input"][name] for name in ("text", "files")}
-        self.emit("task_created", task, {"role": "user", "content": content})
+        said = {name: task["input"][name] for name in ("text", "files")}
+        self.emit("task_created", task, {"role": "user", "content": said})
 
     def emit(self, kind: str, data: Any, entry: Optional[Dict[str, Any]] = None) -> bool:
         """Add an event and its entry in the log; or nothing, and return False, when the run is over."""
+        if kind in ("think", "analyze"):
+            entry = {"type": kind, **_within(data, "payload", "input")}
+        elif kind in ("tool_call_result", "sub_agent_trigger", "auth_event"):
+            entry = _within(data)
         with self.changed:
             if not self.over:
                 now, ids = _local_time(), {"task_id": self.task["id"], "organization_id": "local-org"}
                 text = json.dumps({"type": kind, **ids, "time": now, "data": data})
                 self.events.append(f"id: {len(self.events) + 1}\ndata: {text}\n\n".encode())
-                if kind in ("think", "analyze"):
-                    entry = {"type": kind, **_within(data, "payload", "input")}
-                elif kind in ("tool_call_result", "sub_agent_trigger", "auth_event"):
-                    entry = _within(data)
                 if entry:
-                    self.messages.append({**entry, "id": f"a{len(self.messages) + 1}", "created_at": now})
+                    messages = self.log["messages"]
+                    messages.append({**entry, "id": f"a{len(messages) + 1}", "created_at": now})
                 self.changed.notify_all()
             return not self.over
 
@@ -1951,8 +1955,8 @@ class _LocalRun:
         """Run the agent to its end, or to its first event after the end of the run."""
         self.emit("task_updated", self.change({"status": "executing", "started_at": _local_time()}))
         try:
+            events = agent(self.task)
             try:
-                events = agent(self.task)
                 while self.emit(*next(events)):
                     pass
             except StopIteration as end:
@@ -1961,13 +1965,9 @@ class _LocalRun:
         except BaseException as error:  # SystemExit, too, is this agent's end alone
             self.change({"status": "failed", "result": str(error) or repr(error)})
 
-    def log(self) -> Dict[str, Any]:
-        kept = {"id": self.task["id"], "created_at": self.task["created_at"]}
-        return {**kept, "messages": self.messages, "user": _within(self.task, "input", "user") or None}
-
-    def stream(self, last_id: str) -> Iterator[bytes]:
-        """The events after that one, as they come, to the end of the run."""
-        seen, fresh = int(last_id) if last_id.isdecimal() else 0, [b"retry: 100\n\n"]
+    def stream(self, seen: int) -> Iterator[bytes]:
+        """The events but for the first ones that were seen, as they come, to the end of the run."""
+        fresh = [b"retry: 100\n\n"]
         while fresh:
             yield b"".join(fresh)
             with self.changed:
@@ -2072,19 +2072,18 @@ class LocalPlatform:
             return 401, {"detail": "Invalid API key"}
         place, _, query = request.partition("?")
         stopped = {"status": "stopped", "is_manually_stopped": True}
-        last_id = headers.get("last-event-id", "")
+        seen = int(headers.get("last-event-id", 0))
         routes: Dict[str, Callable[[str], Any]] = {
             "POST /agent-execution/([^/]+)": lambda name: self._create(name, body),
             "GET /agent-execution/executions/history/([^/]+)": lambda name: self._list(name, query),
-            "GET /agent-execution/([^/]+)/status": lambda name: self._runs[name].task,
+            "GET /agent-execution/([^/]+)/status": lambda name: self.tasks[name],
             "PATCH /agent-execution/([^/]+)/update": lambda name: self._runs[name].change(body, late=True),
             "DELETE /agent-execution/([^/]+)": lambda name: self._runs[name].change(stopped),
-            "GET /activity/[^/]+/([^/]+)": lambda name: self._runs[name].log(),
-            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self._runs[name].stream(last_id),
+            "GET /activity/[^/]+/([^/]+)": lambda name: self._runs[name].log,
+            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self._runs[name].stream(seen),
         }
         for pattern, answer in routes.items():
-            found = re.fullmatch(pattern, place)
-            if found:
+            if found := re.fullmatch(pattern, place):
                 return 200, answer(urllib.parse.unquote(found[1]))
         return 404, {"detail": "Not Found"}
 
@@ -2092,14 +2091,15 @@ class LocalPlatform:
         import uuid
 
         now, asked = _local_time(), {"text": None, "files": None, "user": None, **(given.get("input") or {})}
-        ids = {"id": str(uuid.uuid4()), "agent_id": agent_id, "organization_id": "local-org"}
-        task: Dict[str, Any] = {**ids, "result": None, **given, "input": asked, "status": "pending"}
-        task.update(created_at=now, updated_at=now, parent_execution=task.pop("parent_execution_id", None))
-        earlier = self._runs.get(task["id"])  # an id continues a task
-        if earlier:
+        task: Dict[str, Any] = {"id": str(uuid.uuid4()), "result": None, **given, "input": asked}
+        task.update(agent_id=agent_id, organization_id="local-org", status="pending", created_at=now)
+        task.update(updated_at=now, parent_execution=task.pop("parent_execution_id", None))
+        log = {"id": task["id"], "created_at": now, "messages": [], "user": asked["user"]}
+        if earlier := self._runs.get(task["id"]):  # an id continues a task
             earlier.change({"status": "stopped"})
-        run = _LocalRun(task, earlier.messages if earlier else [], self._lock)
-        self._runs[task["id"]], self.tasks[task["id"]] = run, task
+            log = earlier.log
+        run = self._runs[task["id"]] = _LocalRun(task, log, self._lock)
+        self.tasks[task["id"]] = task
         threading.Thread(target=run.play, args=(self._agent,), daemon=True).start()
         return task
 
