@@ -1899,9 +1899,9 @@ _Play = Generator[Tuple[str, Any], None, Any]  # what an agent yields, and retur
 def _local_agent(task: Dict[str, Any]) -> _Play:
     """The built-in agent: thinks, calls a tool and answers in chunks, in about a second."""
     about = str(task["input"]["text"])[:60]
-    call = {"request_id": "r1", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
-    thought = {"title": "Plan", "confidence": 0.9, "thought": "One search will do.", "action": "Search"}
-    yield "think", {"request_id": "r0", "operation_id": "think", "payload": {"input": thought}}
+    thought = {"input": {"title": "Plan", "thought": "one search will do"}}
+    call = {"request_id": "r2", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
+    yield "think", {"request_id": "r1", "operation_id": "think", "payload": thought}
     yield "tool_call_request", call
     yield "tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}
     answer = f"A played answer to: {about}\nIt found three hits, and nothing left this machine."
@@ -2004,11 +2004,7 @@ class LocalPlatform:
         class Handler(BaseHTTPRequestHandler):
             protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
             wbufsize, timeout = -1, 30  # one packet for head and body; seconds for a client that stands still
-
-            def do_GET(handler) -> None:  # `self` is the platform
-                self._serve(handler)
-
-            do_POST = do_PATCH = do_DELETE = do_GET
+            do_GET = do_POST = do_PATCH = do_DELETE = lambda handler: self._serve(handler)
 
             def log_message(self, *_: Any) -> None:
                 pass
