@@ -491,7 +491,7 @@ def bound_names(tree):
 def cut():
     """The text above the line and the text below it."""
     lines = FILE.read_text("utf-8").splitlines(True)
-    [at] = [number for number, line in enumerate(lines) if "cut here" in line and line.startswith("#")]
+    [at] = [number for number, line in enumerate(lines) if "cut here" in line]  # once, whoever looks for it
     return "".join(lines[:at]), "".join(lines[at:])
 
 
@@ -1008,6 +1008,11 @@ def test_what_a_server_leaves_out_is_false_an_empty_list_or_none():
     assert xtask.Task.from_dict({"id": "t-1"}).sub_executions == []
 
 
+def test_a_task_is_made_of_any_mapping_and_of_dates():
+    made = xtask.Task.from_dict(types.MappingProxyType(task_dict(created_at=utc(2026, 1, 2))))
+    assert made.to_dict() == task_dict(created_at="2026-01-02T00:00:00+00:00")
+
+
 def test_a_task_shares_nothing_with_the_object_it_was_made_from():
     payload = task_dict(input={"text": "Hi", "files": ["https://e.com/a.txt"]}, tokens={"prompt": [1]})
     task = xtask.Task.from_dict(payload)
@@ -1112,6 +1117,19 @@ def test_secrets_are_in_no_repr_however_they_are_wrapped(shown):
     result = xtask.ToolCallResult("r", "o", payload=shown, result=[shown])
     assert "s3cret" not in repr(result) + repr(make_task(None, title=shown))
     assert "s3cret" in json.dumps(result.to_dict()), "what is no secret of ours stays as it came"
+
+
+def test_no_repr_shows_what_is_asked_for_in_other_urls_or_is_in_a_server_sent_event():
+    asked = xtask.AgentExecutionInput("see s3://b/k?sig=s3cret", ["s3://b/k.pdf?sig=s3cret", "sftp://b/k?s3cret"])
+    [event] = xtask.iter_sse([b'id: 1\ndata: {"access_token": "s3cret", "n": 1}\n\n'])
+    assert "s3cret" not in repr(asked) + repr(event) and "s3://b/k.pdf?***" in repr(asked)
+    assert repr(event) == """ServerSentEvent(event='message', data='{"access_token": "***", "n": 1}', """ \
+        "id='1', retry=None)"
+
+
+def test_a_repr_takes_time_linear_in_what_a_server_sent():
+    run = "import xtask; repr(xtask.Task.from_dict({'id': 't', 'title': 'http://' * 150_000}))"
+    assert run_python(run).returncode == 0, "within its time-out"
 
 
 def test_a_repr_shows_what_is_no_secret():
@@ -2182,6 +2200,62 @@ def test_what_is_no_task_is_a_400_on_the_local_platform(body):
         with pytest.raises(urllib.error.HTTPError) as caught:
             opener.open(request, timeout=10)
         assert caught.value.code == 400 and "JSON" in json.loads(caught.value.read())["detail"]
+
+
+def overtaken(state, held):
+    """A server whose answer to a method waits for `go_on`, and tells then how things stood before."""
+    def script(connection, number):
+        for method, _, _, body in iter(connection.request, None):
+            state.update(json.loads(body or b"{}"), **({"status": "stopped"} if method == "DELETE" else {}))
+            told = json.dumps({**state, "updated_at": f"2026-01-02T03:04:{len(server.requests):02}Z"})
+            if method == held and not server.held.is_set():
+                server.held.set()
+                server.go_on.wait(10)
+            connection.answer(200, json.loads(told))
+
+    server = RawServer(script)
+    server.held, server.go_on = threading.Event(), threading.Event()
+    return server
+
+
+@pytest.mark.parametrize("name, held, final, sent", [
+    ("stop", "DELETE", "stopped", []), ("save", "PATCH", "completed", [{"status": "completed"}])])
+def test_what_a_reload_told_meanwhile_is_no_change_of_the_users(name, held, final, sent):
+    state = task_dict(status="executing")
+    with overtaken(state, held) as server:
+        task = make_task(server.config, status="pending")
+        task.status = "completed" if name == "save" else task.status
+        calling = threading.Thread(target=getattr(task, name))
+        calling.start()
+        assert server.held.wait(10)
+        state["status"] = "executing"  # as a poll saw it that was answered late
+        assert task.reload().status == "executing"
+        state["status"], task.title = final, "mine"
+        server.go_on.set()
+        calling.join(10)
+        assert (task.status, task.title) == (final, "mine")
+        task.save()
+        task.save()
+    assert [body for method, _, body in arrived(server) if body] == [*sent, {"title": "mine"}]
+    assert arrived(server)[-1][0] == "GET", "nothing is left to send"
+
+
+def test_of_two_saves_at_once_nothing_is_lost_sent_again_or_turned_back():
+    with overtaken(task_dict(), "PATCH") as server:
+        task = make_task(server.config)
+        task.title = "A"
+        saving = threading.Thread(target=task.save)
+        saving.start()
+        assert server.held.wait(10)
+        task.internal_status = "B"
+        task.save()
+        server.go_on.set()
+        saving.join(10)
+        assert (task.title, task.internal_status) == ("A", "B")
+        task.save()
+    sent = [(method, body and sorted(body)) for method, _, body in arrived(server)]
+    assert sent[:2] == [("PATCH", ["title"]), ("PATCH", ["internal_status", "title"])]
+    assert sent[2:] == [("GET", None)] * 2, "what stands now, and the last save, which had nothing to send"
 
 
 def test_stopping_keeps_unsaved_changes_for_the_next_save():
@@ -3862,6 +3936,13 @@ def test_the_tries_end_after_max_retries_with_the_last_answer(pauses):
                 CALLS["GET"](config)
     assert str(failed.value) == "[503] busy" and failed.value.answered
     assert (len(server.requests), len(pauses)) == (4, 3)
+
+
+def test_a_pause_leaves_the_random_numbers_of_the_program_alone(pauses):
+    before = random.getstate()
+    with refusing(max_retries=1) as config, pytest.raises(xtask.ModuleException):
+        xtask.Task.load("t-1", config)
+    assert pauses and random.getstate() == before
 
 
 def test_the_pause_grows_and_is_jittered(pauses):

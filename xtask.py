@@ -14,8 +14,8 @@ Each method has an async twin with the prefix `a`: `await Task.aload(...)`, `asy
 task.aevents()`. Failures are `ModuleException`; wrong arguments are `ValueError`.
 
 Copy this file into your project; MIT-0 asks for no notice. `__version__` says which one you hold;
-to update, replace the file. What stands below the line with the words "cut here" (a local platform
-for tests and the terminal program) may be cut off. Python 3.9 or newer, no other package.
+to update, replace the file. What stands below the cutting line (a local platform for tests and the
+terminal program) may be cut off. Python 3.9 or newer, no other package.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import (
     Any, AsyncGenerator, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Tuple, Type, TypeVar, Union, cast,
+    Optional, Set, Tuple, Type, TypeVar, Union, cast,
 )
 
 __version__ = "1.0.0"
@@ -113,7 +113,8 @@ def _warn(message: str, *arguments: Any) -> None:
 
 _SECRETS = ("access_token", "user_tokens", "user_oidc_token", "api_key", "x-api-key")
 _SECRET_IN_JSON = re.compile(rf'("(?:{"|".join(_SECRETS)})"\s*:\s*)"(?:[^"\\]|\\.)*"')
-_URL_QUERY = re.compile(r"(?is)(\Ahttps?://[^?]*)\?.*|(https?://[^\s?#\"'<>]*)\?[^\s#\"'<>]*")
+# of a string that is a URL, all from its "?" on; within a text, up to the next "://", which keeps it linear
+_URL_QUERY = re.compile(r"(?is)(\A[a-z][a-z\d+.-]*://[^?]*)\?.*|(://(?:[^\s?#\"'<>:]|:(?!//))*)\?[^\s#\"'<>]*")
 
 
 def _mask(value: Any, depth: int = 100) -> Any:
@@ -640,7 +641,7 @@ class Task(_Record):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], configuration: Optional[Configuration] = None) -> Task:
         """The task of a JSON object, as the server last told it: `save()` compares with this."""
-        told = json.dumps(data)
+        told = _encode(dict(data))
         return cls._of(json.loads(told), told, configuration)  # shares nothing with `data`
 
     @classmethod
@@ -906,10 +907,17 @@ class Task(_Record):
 
     def _take(self, before: Optional[Dict[str, Any]], *request: str, **options: Any) -> Task:
         """Become the task that is answered, but for the fields that were changed since `before`."""
-        newer = self._ask(self.configuration, {"task_id": self.id}, *request, **options)
+        told, ids = self._told, {"task_id": self.id}
+        newer = self._ask(self.configuration, ids, *request, **options)
         if before is not None:
+            overtaken = self._told is not told  # by the answer to another call, which may be the newer one
+            if overtaken:
+                newer = self._ask(self.configuration, ids)
             now = self.to_dict()
-            for name in {*_difference(before, now), *(before.keys() - now.keys())}:
+            changed = _changed(before, now)
+            if overtaken:  # what is as the server told it is no change of the user's
+                changed &= _changed(json.loads(self._told), now)
+            for name in changed:
                 is_field = name in self._plan()[0]
                 ours, its = (self.__dict__, newer.__dict__) if is_field else (self.extra, newer.extra)
                 if name in ours:  # else it was taken out of `extra`
@@ -927,6 +935,11 @@ class Task(_Record):
                 raise TimeoutError(f"task {self.id} is still {self.status} after {timeout} s")
             yield max(0.0, min(pause, left))
             pause = min(max(0.5, pause * 1.5), 5.0)
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Set[str]:
+    """The names whose values differ, or are in one of the two alone."""
+    return {*_difference(old, new), *(old.keys() - new.keys())}
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, Any]:
@@ -949,6 +962,7 @@ _AGAIN: _Again = (429, 502, 503, 504), _BROKEN
 _AGAIN_POST: _Again = (429,), (ConnectionRefusedError,)  # what it did before a connection broke is not known
 _AGAIN_STREAM: _Again = (429, *range(500, 600)), _TIMEOUTS + _BROKEN
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
+_jitter = random.SystemRandom().uniform  # the generator that `random.seed` sets is the program's
 # A host first; neither "@" (a user name), nor what parsers of URLs read in two ways
 _HOST_AND_PORT = re.compile(r"(?!:)[^\s@%\\/?#]+")
 
@@ -1314,7 +1328,7 @@ class _Transport:
 
     def pause(self, error: ModuleException, again: _Again, failures: int, line: _Line) -> float:
         """Seconds to the next try, as the server asked or growing and jittered. No next try: the error."""
-        growing = 0.5 * 2.0 ** min(failures, 4) * random.uniform(0.5, 1.0)
+        growing = 0.5 * 2.0 ** min(failures, 4) * _jitter(0.5, 1.0)
         seconds = growing if error._retry_after is None else error._retry_after
         fits = error.status_code in again[0] if error.answered else isinstance(error.__cause__, again[1])
         over = failures >= self.max_retries or line.hung_up.is_set()
@@ -1409,6 +1423,10 @@ class ServerSentEvent(NamedTuple):
     data: str
     id: str
     retry: Optional[int]
+
+    def __repr__(self) -> str:
+        shown = [f"{name}={_mask(value)!r}" for name, value in self._asdict().items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def iter_sse(chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
