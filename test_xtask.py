@@ -1434,17 +1434,26 @@ def test_many_events_in_one_chunk_may_be_more_than_16_mib():
     assert [len(event.data) for event in xtask.iter_sse([stream])] == [MIB] * 20
 
 
-def test_an_event_that_never_ends_is_given_up_after_16_mib():
+@pytest.mark.parametrize("piece", [b"x" * 64 * 1024, b":x\r\n" * 16 * 1024], ids=["line", "comments"])
+def test_an_event_that_never_ends_is_given_up_after_16_mib(piece):
     taken = []
 
     def chunks():
         while True:
-            taken.append(64 * 1024)
-            yield b"x" * 64 * 1024
+            taken.append(len(piece))
+            yield piece
 
     with pytest.raises(ValueError, match="16 MiB"):
         list(xtask.iter_sse(chunks()))
     assert LIMIT < sum(taken) <= LIMIT + 2 * 64 * 1024
+
+
+def test_of_an_event_that_never_ends_each_byte_counts_even_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(xtask, "_MAX_EVENT", 1000)
+    taken = []
+    with pytest.raises(ValueError):
+        list(xtask.iter_sse(taken.append(n) or b"\r\n:"[n % 3 : n % 3 + 1] for n in range(3, 3000)))
+    assert 1000 <= len(taken) <= 1001
 
 
 # ---------------------------------------------------------------------------
@@ -2090,7 +2099,7 @@ def test_an_item_of_a_list_is_typed():
 
 @both_faces
 @pytest.mark.parametrize(
-    "answer", [(404, {"detail": "No log"}), (200, b""), (200, b"null"), (204, b"")], ids=str)
+    "answer", [(404, {"detail": "No log"}), (200, b""), (200, b"null"), (200, b"{}"), (204, b"")], ids=str)
 def test_no_activity_log_yet_is_a_404(answer, face):
     with answering(answer) as server:
         with pytest.raises(xtask.ModuleException) as caught:
@@ -2390,6 +2399,52 @@ def test_no_answer_or_half_of_one_is_a_500_that_no_server_said(failure, face):
     assert f"127.0.0.1:{server.port}" in str(error) and len(str(error)) > 30 and KEY not in str(error)
     assert error.__cause__ is not None, "the cause is chained"
     assert failure is not says_nothing or "timeout" in str(error)
+
+
+BY_ITS_END = [  # method, head of an answer without a body or a length; what comes of it, methods that arrived
+    ("GET", "HTTP/1.0 404 Not Found", "[404] Not Found", ["GET"]),
+    ("GET", "HTTP/1.1 401 Unauthorized", "[401] Unauthorized", ["GET"]),
+    ("POST", "HTTP/1.0 500 Internal Server Error", "[500] Internal Server Error", ["POST"]),
+    ("DELETE", "HTTP/1.0 200 OK", "completed", ["DELETE", "GET"]),
+    ("PATCH", "HTTP/1.1 200 OK\r\nServer: x", "completed", ["PATCH", "GET"]),
+    ("POST", "HTTP/1.0 429 Too Many Requests", "completed", ["POST", "POST"]),
+    ("GET", "HTTP/1.0 503 Service Unavailable\r\nRetry-After: 7", "completed", ["GET", "GET"]),
+]
+
+
+@pytest.mark.parametrize("method, head, told, methods", BY_ITS_END)
+def test_an_answer_without_a_body_that_ends_with_its_connection_is_an_answer(
+        method, head, told, methods, pauses):
+    def first(connection):
+        connection.send(head + "\r\n\r\n")
+        connection.sock.close()
+
+    with answering(first, *[(200, task_dict(status="completed"))] * 2) as server:
+        task = make_task(server.config)
+        calls = {"GET": task.reload, "DELETE": task.stop, "PATCH": lambda: task.set_status("completed"),
+                 "POST": lambda: xtask.Task.create("a-1", "Hi", configuration=server.config)}
+        try:
+            got = calls[method]().status
+        except xtask.ModuleException as error:
+            assert error.answered
+            got = str(error)
+    assert (got, [method for method, *_ in server.requests]) == (told, methods)
+    assert "Retry-After" not in head or pauses == [7]
+
+
+CUT_HEADS = ["HT", "HTTP/1.1 2", "HTTP/1.1 200 O", "HTTP/1.1 200 OK\r\n", "HTTP/1.1 200 OK\r\nContent-Ty",
+             "HTTP/1.1 103 Wait\r\n\r\nHTTP/1.1 2"]
+
+
+@pytest.mark.parametrize("head", CUT_HEADS)
+def test_an_answer_that_was_cut_off_in_its_head_is_a_broken_connection(head, pauses):
+    def cut(connection):
+        connection.send(head)
+        connection.sock.close()
+
+    with answering(cut, OK) as server:
+        assert CALLS["GET"](server.config).internal_status == "saved"
+    assert len(server.requests) == 2 and len(pauses) == 1
 
 
 @both_faces
@@ -2880,6 +2935,28 @@ def test_refused_connections_in_a_row_end_it_without_an_answer(face, pauses):
     assert (caught.value.status_code, caught.value.answered) == (500, False)
     assert "127.0.0.1" in str(caught.value) and isinstance(caught.value.__cause__, ConnectionRefusedError)
     assert len(pauses) == 3
+
+
+@both_faces
+@pytest.mark.parametrize("head", [*CUT_HEADS, "", None], ids=repr)
+def test_a_connection_that_ends_before_its_answer_is_followed_by_a_status_load(head, face, pauses):
+    def end(connection):
+        return connection.reset() if head is None else connection.send(head)
+
+    with feed(plays(sse("chunk", "1", id=1)), *[end] * 4, plays(FINISHED), max_retries=1) as server:
+        assert chunks(follow(server, face)) == ["1"]
+        assert [headers.get("last-event-id") for headers in server.streams] == [None, *["1"] * 5]
+        assert pauses == [0.5] * 5 and [path for _, path, *_ in server.requests].count(STATUS[1]) == 5
+    with feed(plays(sse("chunk", "1")), end) as server:
+        server.task = task_dict(status="completed", result="4")
+        assert follow(server, face)[-1].data.result == "4" and len(server.streams) == 1
+
+
+def test_the_pause_grows_from_the_servers_retry_over_connections_that_failed(pauses):
+    with feed(plays("retry: 4000\n\n"), answers(503), answers(503), answers(503), plays(FINISHED),
+              max_retries=3) as server:
+        follow(server)
+    assert pauses[0] == 4 and 4 <= pauses[1] <= 8 <= pauses[2] <= 16 <= pauses[3] <= 30
 
 
 def test_an_event_resets_the_count_of_failures(pauses):
@@ -4047,6 +4124,7 @@ def test_an_answer_over_64_mib_is_not_swallowed(framing, pauses):
         with pytest.raises(xtask.ModuleException, match="64 MiB") as failed:
             CALLS["GET"](server.config)
         assert (failed.value.status_code, len(server.requests), pauses) == (500, 1, [])
+        assert failed.value.answered and f"127.0.0.1:{server.port}" in str(failed.value)
     assert len(sent) < 100
 
 
@@ -4147,6 +4225,13 @@ def test_no_failure_tells_the_key(answer, pauses, caplog):
     assert server.requests[0][2]["x-api-key"] == KEY
 
 
+def test_no_failure_tells_a_short_key():
+    with answering((401, {"detail": "bad key secret"})) as server:
+        config = configuration(server.url, api_key="secret")
+        with pytest.raises(xtask.ModuleException, match=r"^\[401\] bad key \*\*\*$"):
+            CALLS["GET"](config)
+
+
 def test_what_is_no_http_is_not_repeated(pauses):
     def nonsense(connection):
         connection.send(f"{KEY}\r\n\r\n")
@@ -4158,6 +4243,15 @@ def test_what_is_no_http_is_not_repeated(pauses):
     told = str(failed.value) + repr(failed.value)
     assert failed.value.status_code == 500 and f"127.0.0.1:{server.port}" in told
     assert KEY not in told and "\n" not in told and "\\n" not in told
+
+
+def test_connecting_takes_no_longer_than_any_other_wait():
+    with socket.create_server(("127.0.0.1", 0)) as silent_under_tls:
+        url = "https://127.0.0.1:%d" % silent_under_tls.getsockname()[1]
+        began = time.monotonic()
+        with configuration(url, timeout=0.2, max_retries=0) as config, pytest.raises(xtask.ModuleException):
+            CALLS["GET"](config)
+    assert time.monotonic() - began < 5
 
 
 # -- TLS
@@ -4996,7 +5090,8 @@ def test_agno_gets_an_image_with_its_url_unfetched(media, with_files):
                                  "http://169.254.169.254/a.{end}?hidden", "http://127.0.0.%31/a.{end}?hidden",
                                  "http://[::ffff:127.0.0.1]:{port}/a.{end}?hidden",
                                  "http://127.0.0.1\\.x.test/a.{end}?hidden", "file:///etc/hidden/a.{end}",
-                                 "ftp://93.184.216.34/hidden/a.{end}"])
+                                 "ftp://93.184.216.34/hidden/a.{end}", "http://e.com:hidden/a.{end}",
+                                 "http://[::1/hidden/a.{end}"])
 def test_agno_does_not_get_a_url_that_our_rules_refuse(method, end, url, with_files, caplog, dialled):
     with RawServer(site({f"/ok.{end}": b"%PDF"})) as server:
         got = with_files(server, method, url.format(port=server.port, end=end), f"/ok.{end}")
@@ -5225,6 +5320,21 @@ def test_run_sends_the_prompt_and_all_files_and_hides_their_queries():
         more = terminals([["show", task_id], ["log", task_id]], platform.environ)
         shown = out + "".join(out for _, out, _ in more)
         assert "a.csv" in shown and "hush" not in shown
+
+
+@needs_whole_file
+def test_an_answer_that_came_in_chunks_is_shown_once():
+    def agent(task):
+        yield "chunk", "the wh"
+        yield "chunk", None
+        yield "chunk", "ole answer"
+        return "another one" if task.get("title") else "the whole answer\n"
+
+    with local(agent) as platform:
+        tasks = [played(platform, title=title) for title in (None, "x")]
+        ran = terminals([["watch", task.id] for task in tasks], platform.environ)
+    told = [re.sub(r"(?m)^[\d:]{8}.*$", "", out).split() for _, out, _ in ran]
+    assert told == [["the", "whole", "answer"], ["the", "whole", "answer", "another", "one"]]
 
 
 @needs_whole_file
@@ -5770,6 +5880,8 @@ def test_version_is_the_version_and_the_sha_256_of_the_file_also_out_of_a_zip(tm
     zipped = run_python("import xtask; xtask.main(['--version'])", cwd=str(tmp_path),
                         env={"PYTHONPATH": str(tmp_path / "bundle.zip")})
     assert (zipped.stdout, zipped.stderr) == (out, "")
+    by_path = "import runpy, sys; sys.argv = ['', '--version']; runpy.run_path({!r}, None, '__main__')"
+    assert run_python(by_path.format(str(FILE))).stdout == out, "without a loader, as profilers run it"
 
 
 @needs_whole_file

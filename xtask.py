@@ -822,7 +822,7 @@ class Task(_Record):
         """What the task did. None yet: `ModuleException` 404. Route: GET /activity/{agent_id}/{task_id}."""
         ids = {"agent_id": self.agent_id, "task_id": self.id}
         answer = self.configuration._call("GET", "/activity/{agent_id}/{task_id}", ids)
-        if answer.value is None:
+        if answer.value in (None, {}):
             raise ModuleException(404, "No activity log yet")
         if not isinstance(answer.value, dict):
             raise answer.unexpected("an activity log")
@@ -1017,6 +1017,17 @@ class _Request(urllib.request.Request):
         return self.host != self.place
 
 
+class _Head:
+    """The lines of an answer's head, of which http.client takes one that was cut off for a whole one."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.close, self.last = file, file.close, b""
+
+    def readline(self, limit: int) -> bytes:
+        self.last = self.file.readline(limit)
+        return self.last
+
+
 class _Response(http.client.HTTPResponse):
     """An answer whose body is read as it arrives, whatever frames it (RFC 9112, section 6.3)."""
 
@@ -1027,12 +1038,21 @@ class _Response(http.client.HTTPResponse):
     ended = False  # the last chunk came
 
     def begin(self) -> None:
-        super().begin()
-        for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
-            if not 101 < self.status < 200:
-                break
-            self.headers = None  # type: ignore[assignment]
+        head = self.fp = _Head(self.fp)
+        try:
             super().begin()
+            for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
+                if not 101 < self.status < 200:
+                    break
+                self.headers = None  # type: ignore[assignment]
+                super().begin()
+        except http.client.BadStatusLine:
+            if head.last[-1:] in (b"", b"\n"):  # closed before it, or not HTTP; else cut off within it
+                raise
+        finally:
+            self.fp = self.fp and head.file
+        if not head.last.endswith(b"\n"):
+            raise http.client.IncompleteRead(head.last)
         if self.headers.get("Transfer-Encoding") and not self.chunked:
             raise http.client.HTTPException("its Transfer-Encoding is another than chunked")
 
@@ -1069,14 +1089,12 @@ class _Response(http.client.HTTPResponse):
         return data
 
     def read_all(self, body: bytearray, limit: int = _MAX_ANSWER, seconds: float = float("inf")) -> None:
-        """Read the whole body, into `body`, which has what came when this fails."""
+        """Read the body, to its end or over a limit, into `body`, which has what came if this fails."""
         ends = time.monotonic() + seconds
         for part in iter(self.read_some, b""):
             body += part
             if len(body) > limit or time.monotonic() > ends:
-                raise OSError(f"the answer is over {limit // 2**20} MiB")
-        if not body and self.length is None and not self.chunked:
-            raise http.client.IncompleteRead(b"")  # cut off within its head, as far as anybody can tell
+                return
 
     def close(self) -> None:
         """Close it and its connection, if that was not given back."""
@@ -1099,10 +1117,11 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         request, line = self.opened_by, self.opened_by.line
-        self.sock = _dial(self.host, self.port, self.judged, line)
+        longest = min(_CONNECT_TIMEOUT, request.timeout or _CONNECT_TIMEOUT)
+        self.sock = _dial(self.host, self.port, self.judged, line, longest)
         if self.context:
             parts = urllib.parse.urlsplit(request.full_url)
-            self.sock.settimeout(_CONNECT_TIMEOUT)
+            self.sock.settimeout(longest)
             if request.proxied:
                 self._ask_for_tunnel(request.place if parts.port else f"{request.place}:443")
             self.sock = self.context.wrap_socket(
@@ -1138,12 +1157,12 @@ class _Connection(http.client.HTTPConnection):
         return False
 
 
-def _dial(host: str, port: int, judged: bool, line: _Line) -> socket.socket:
+def _dial(host: str, port: int, judged: bool, line: _Line, seconds: float) -> socket.socket:
     """A socket connected to the first address of the host that answers."""
     found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     if judged:
         _judge_addresses(host, found)
-    ends = time.monotonic() + _CONNECT_TIMEOUT
+    ends = time.monotonic() + seconds
     while found:
         family, kind, protocol, _, address = found.pop(0)
         sock = socket.socket(family, kind, protocol)
@@ -1326,9 +1345,11 @@ class _Transport:
             _wait(pause, request.line)  # here, so that a Ctrl-C is one plain traceback
             failures += 1
 
-    def pause(self, error: ModuleException, again: _Again, failures: int, line: _Line) -> float:
+    def pause(
+        self, error: ModuleException, again: _Again, failures: int, line: _Line, first: float = 0.5
+    ) -> float:
         """Seconds to the next try, as the server asked or growing and jittered. No next try: the error."""
-        growing = 0.5 * 2.0 ** min(failures, 4) * _jitter(0.5, 1.0)
+        growing = min(30.0, first * 2.0 ** min(failures, 4) * _jitter(0.5, 1.0))
         seconds = growing if error._retry_after is None else error._retry_after
         fits = error.status_code in again[0] if error.answered else isinstance(error.__cause__, again[1])
         over = failures >= self.max_retries or line.hung_up.is_set()
@@ -1341,6 +1362,9 @@ class _Transport:
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
                 response.read_all(body)
+                if len(body) > _MAX_ANSWER:
+                    what = f"{request.place} answered with more than {_MAX_ANSWER // 2**20} MiB"
+                    raise ModuleException(500, what)
                 self._handler.give_back(request, response)
         except _FAILURES as error:
             raise self.no_answer(request.place, error) from error
@@ -1381,7 +1405,7 @@ class _Transport:
 
     def hide(self, text: Any) -> Any:
         """The text without the key, which a server may have put there."""
-        known = self._key and len(self._key) >= 8 and isinstance(text, str)
+        known = self._key and len(self._key) >= 4 and isinstance(text, str)
         return text.replace(self._key, "***") if known else text
 
 
@@ -1449,7 +1473,7 @@ class _Parser:
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
         """The events that this chunk completes."""
-        whole = b""
+        whole, arrived = b"", len(chunk)
         if self._ended_cr or b"\n" in chunk or b"\r" in chunk:  # others complete nothing
             if self._ended_cr and chunk[:1] == b"\n":  # a CRLF over two chunks counts once
                 chunk, self._ended_cr = chunk[1:], False
@@ -1461,9 +1485,10 @@ class _Parser:
                 whole, _, chunk = b"".join([*self._pending, chunk]).rpartition(b"\n\n")
                 whole = whole.removeprefix(self._bom)
                 self._pending, self._size, self._bom = [], 0, b""
+                arrived = len(chunk)
         if chunk:
             self._pending.append(chunk)
-            self._size += len(chunk)
+        self._size += arrived
         return self._events(whole) if whole or self._size > _MAX_EVENT else ()
 
     def _events(self, whole: bytes) -> Iterator[ServerSentEvent]:
@@ -1594,22 +1619,25 @@ class _Stream:
             if task.is_finished:
                 yield [self._last(task)]
                 return
-            if response:
-                if response.status == 204:
-                    raise ModuleException(204, f"The server has no events, but the task is {task.status}")
-                retry = 500 if self.parser.retry is None else self.parser.retry
-                _wait(min(max(retry, 100), 30_000) / 1000, self.line)
+            if response and response.status == 204:
+                raise ModuleException(204, f"The server has no events, but the task is {task.status}")
+            _wait(self._retry(), self.line)
 
     def _connect(self) -> Optional[_Response]:
-        """A 2xx answer; None where the server took the request and then was silent."""
+        """A 2xx answer; None where the server took the connection and said nothing, or hung up."""
         failures = 0  # in a row
         while True:
             try:
                 return self._open()
             except ModuleException as error:
-                pause = self.transport.pause(error, _AGAIN_STREAM, failures, self.line)
+                first = 0.5 if self.parser.retry is None else 2 * self._retry()
+                pause = self.transport.pause(error, _AGAIN_STREAM, failures, self.line, first)
             _wait(pause, self.line)  # here, so that a Ctrl-C is one plain traceback
             failures += 1
+
+    def _retry(self) -> float:
+        """Seconds from a connection to the next one."""
+        return min(max(500 if self.parser.retry is None else self.parser.retry, 100), 30_000) / 1000
 
     def _open(self) -> Optional[_Response]:
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
@@ -1622,7 +1650,7 @@ class _Stream:
             idle_timeout = min(self.configuration.idle_timeout, self.patience)
             response: _Response = self.transport.opener.open(request, timeout=idle_timeout)
         except _FAILURES as error:
-            if isinstance(error, _TIMEOUTS) and self.line.connected:
+            if isinstance(error, _TIMEOUTS + _BROKEN) and self.line.connected:
                 return None
             raise self.transport.no_answer(request.place, error) from error
         if not 200 <= response.status < 300:
@@ -1815,8 +1843,7 @@ def _may_fetch(configuration: Configuration, url: str) -> bool:
         _judge_host(_clean_url(url), configuration.trusted_file_hosts)
         return True
     except ValueError as error:
-        if isinstance(error, _Refused):  # else it is no URL
-            _warn("a file was left out: %s", error)
+        _warn("a file was left out: %s", error if isinstance(error, _Refused) else "its URL is none")
         return False
 
 
@@ -2230,7 +2257,8 @@ class _Screen:
     """Standard output: JSON for programs; for people text, and on a terminal a live line below it."""
 
     def __init__(self, as_json: bool, task: Optional[Task] = None) -> None:
-        self.as_json, self.task, self.doing = as_json, task, "waiting"
+        self.as_json, self.task, self.answer = as_json, task, ""
+        self.doing = "waiting" if task and task.events_streaming else "working"
         self.live = bool(task and not as_json and sys.stdout and sys.stdout.isatty())
         self.drawn, self.in_line = "", False
         self.lock, self.left = threading.Lock(), threading.Event()
@@ -2277,8 +2305,10 @@ class _Screen:
                     self.write(_cut(f"{_one_line(name):<22} {_one_line(value)}") + "\n")
             self.write("" if told.result is None else _text(told.result) + "\n")
         elif self.task and told.task_id == self.task.id and told.type in ("chunk", "task_finished"):
-            self.doing = "answering"
-            self.write(_text(told.raw.get("data", "")) if told.type == "chunk" else "")
+            if told.type == "chunk" and told.data is not None:
+                text = _text(told.data)
+                self.doing, self.answer = "answering", self.answer + text
+                self.write(text)
         elif told.type != "connected":
             self.doing = _TIMELINE.get(told.type, ("", "working"))[1]
             self.write("\n" * self.in_line + _tell(told.time, told.type, told.raw.get("data")))
@@ -2296,8 +2326,9 @@ def _follow(task: Task, as_json: bool) -> None:
         if not events:
             end = {"type": "task_finished", "task_id": task.id, "data": task.to_dict()}
             screen.show(TaskUpdateEvent.from_dict(end))
-    screen.write(_tell(task.finished_at, str(task.status), "after " + _span(task, task.finished_at)) + "\n")
-    screen.write("" if task.result is None else _text(task.result) + "\n")
+    screen.write(_tell(task.finished_at, str(task.status), "after " + _span(task, task.finished_at)))
+    if task.result is not None and _text(task.result).strip() != screen.answer.strip():  # not shown yet
+        screen.write(f"\n{_text(task.result)}\n")
     if task.status != "completed":
         raise RuntimeError(f"the task ended as {task.status}")
 
@@ -2336,7 +2367,11 @@ def _command(argv: List[str]) -> None:
         raise ValueError(f"{error}; see xtask --help") from None
     options, files = [name for name, _ in found], [value for name, value in found if name == "--file"]
     if "--version" in options:
-        source = globals()["__loader__"].get_data(__file__)  # a loader reads out of a zip file, too
+        try:
+            with open(__file__, "rb") as file:
+                source = file.read()
+        except OSError:  # it is in a zip file
+            source = globals()["__loader__"].get_data(__file__)
         print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}", flush=True)
     elif "-h" in options or "--help" in options:
         print(_HELP, flush=True)
