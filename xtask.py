@@ -746,7 +746,8 @@ class Task(_Record):
         if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
             raise ValueError("internal_status has more than the 255 characters the platform takes")
         before = self.to_dict()
-        changes = _difference(json.loads(self._told), before)
+        changed = _changed(json.loads(self._told), before)
+        changes = {name: value for name, value in before.items() if name in changed}
         if not changes:
             return self._take(before)
         return self._take(before, "PATCH", "/agent-execution/{task_id}/update", body=changes)
@@ -938,16 +939,9 @@ class Task(_Record):
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Set[str]:
-    """The names whose values differ, or are in one of the two alone."""
-    return {*_difference(old, new), *(old.keys() - new.keys())}
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, Any]:
-    """The items of `new` that differ from `old` as JSON: True is not 1, key order does not count."""
-    return {
-        name: value for name, value in new.items()
-        if name not in old or old[name] is not value and _ordered(old[name]) != _ordered(value)
-    }
+    """The names of what is in one alone, or differs as JSON: True is not 1, key order does not count."""
+    both = old.keys() & new.keys()
+    return (old.keys() ^ new.keys()) | {name for name in both if _ordered(old[name]) != _ordered(new[name])}
 
 
 # ---- Transport ---------------------------------------------------------------------------------------------
