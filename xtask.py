@@ -1323,46 +1323,46 @@ class _Transport:
         line: Optional[_Line] = None,
     ) -> _Answer:
         """The JSON that answers a request, after further tries where those are safe."""
-        failures = 0
-        while True:
-            request = self.request(method, url, {"Accept": "application/json", **headers}, line or _Line())
+        line = line or _Line()
+
+        def once(failures: int) -> _Answer:
+            request = self.request(method, url, {"Accept": "application/json", **headers}, line)
             request.keep = method != "POST"
             if body is not None:
                 request.data = json.dumps(body, allow_nan=False).encode()
                 request.add_header("Content-Type", "application/json")
+            answer = bytearray()
             try:
-                return self._once(request)
+                with self.opener.open(request, timeout=self.timeout) as response:
+                    response.read_all(answer)
+                    if len(answer) > _MAX_ANSWER:
+                        what = f"{request.place} answered with more than {_MAX_ANSWER // 2**20} MiB"
+                        raise ModuleException(500, what)
+                    self._handler.give_back(request, response)
+            except _FAILURES as error:
+                raise self.no_answer(request.place, error) from error
+            if method == "DELETE" and response.status == 404 and (failures or request.was_sent):
+                return _Answer(None, b"", request.place)  # the first try did it, its answer was lost
+            return _Answer(self.judge(response, answer, request.place), bytes(answer), request.place)
+
+        return self.persist(once, _AGAIN_POST if method == "POST" else _AGAIN, line)
+
+    def persist(self, once: Callable[[int], _T], again: _Again, line: _Line, first: float = 0.5) -> _T:
+        """What `once` gives, called with the number of failures so far; the pauses grow, jittered."""
+        failures = 0  # in a row
+        while True:
+            try:
+                return once(failures)
             except ModuleException as error:
-                if method == "DELETE" and error.status_code == 404 and (failures or request.was_sent):
-                    return _Answer(None, b"", request.place)  # the first try did it, its answer was lost
-                pause = self.pause(error, _AGAIN_POST if method == "POST" else _AGAIN, failures, request.line)
-            _wait(pause, request.line)  # here, so that a Ctrl-C is one plain traceback
+                growing = min(30.0, first * 2.0 ** min(failures, 4) * _jitter(0.5, 1.0))
+                pause = growing if error._retry_after is None else error._retry_after
+                answered, cause = error.answered, error.__cause__
+                fits = error.status_code in again[0] if answered else isinstance(cause, again[1])
+                over = failures >= self.max_retries or line.hung_up.is_set()
+                if not fits or over or pause > _MAX_RETRY_AFTER:
+                    raise
+            _wait(pause, line)  # here, so that a Ctrl-C is one plain traceback
             failures += 1
-
-    def pause(
-        self, error: ModuleException, again: _Again, failures: int, line: _Line, first: float = 0.5
-    ) -> float:
-        """Seconds to the next try, as the server asked or growing and jittered. No next try: the error."""
-        growing = min(30.0, first * 2.0 ** min(failures, 4) * _jitter(0.5, 1.0))
-        seconds = growing if error._retry_after is None else error._retry_after
-        fits = error.status_code in again[0] if error.answered else isinstance(error.__cause__, again[1])
-        over = failures >= self.max_retries or line.hung_up.is_set()
-        if not fits or over or seconds > _MAX_RETRY_AFTER:
-            raise error
-        return seconds
-
-    def _once(self, request: _Request) -> _Answer:
-        body = bytearray()
-        try:
-            with self.opener.open(request, timeout=self.timeout) as response:
-                response.read_all(body)
-                if len(body) > _MAX_ANSWER:
-                    what = f"{request.place} answered with more than {_MAX_ANSWER // 2**20} MiB"
-                    raise ModuleException(500, what)
-                self._handler.give_back(request, response)
-        except _FAILURES as error:
-            raise self.no_answer(request.place, error) from error
-        return _Answer(self.judge(response, body, request.place), bytes(body), request.place)
 
     def judge(self, response: _Response, body: bytearray, place: str) -> Any:
         """The JSON value of an answer (None for an empty one), or a ModuleException."""
@@ -1602,7 +1602,8 @@ class _Stream:
         self.patience = _FINAL_SILENCE if self.task.is_finished else float("inf")  # seconds without an event
         while True:
             yield []  # so that whoever relays sees that his loop is closed
-            response = self._connect()
+            first = 0.5 if self.parser.retry is None else 2 * self._retry()
+            response = self.transport.persist(self._open, _AGAIN_STREAM, self.line, first)
             if response:
                 with response:
                     yield from self._read(response)
@@ -1617,23 +1618,12 @@ class _Stream:
                 raise ModuleException(204, f"The server has no events, but the task is {task.status}")
             _wait(self._retry(), self.line)
 
-    def _connect(self) -> Optional[_Response]:
-        """A 2xx answer; None where the server took the connection and said nothing, or hung up."""
-        failures = 0  # in a row
-        while True:
-            try:
-                return self._open()
-            except ModuleException as error:
-                first = 0.5 if self.parser.retry is None else 2 * self._retry()
-                pause = self.transport.pause(error, _AGAIN_STREAM, failures, self.line, first)
-            _wait(pause, self.line)  # here, so that a Ctrl-C is one plain traceback
-            failures += 1
-
     def _retry(self) -> float:
         """Seconds from a connection to the next one."""
         return min(max(500 if self.parser.retry is None else self.parser.retry, 100), 30_000) / 1000
 
-    def _open(self) -> Optional[_Response]:
+    def _open(self, _: int) -> Optional[_Response]:
+        """A 2xx answer; None where the server took the connection and said nothing, or hung up."""
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         last_id = self.parser.last_id.encode()  # UTF-8, as the standard has it
         if re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", last_id):
