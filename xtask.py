@@ -24,6 +24,7 @@ import contextlib
 import email.utils
 import functools
 import http.client
+import io
 import itertools
 import json
 import os
@@ -1011,17 +1012,6 @@ class _Request(urllib.request.Request):
         return self.host != self.place
 
 
-class _Head:
-    """The lines of an answer's head, of which http.client takes one that was cut off for a whole one."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.close, self.last = file, file.close, b""
-
-    def readline(self, limit: int) -> bytes:
-        self.last = self.file.readline(limit)
-        return self.last
-
-
 class _Response(http.client.HTTPResponse):
     """An answer whose body is read as it arrives, whatever frames it (RFC 9112, section 6.3)."""
 
@@ -1032,21 +1022,20 @@ class _Response(http.client.HTTPResponse):
     ended = False  # the last chunk came
 
     def begin(self) -> None:
-        head = self.fp = _Head(self.fp)
+        """Read the head, of which http.client would take one that was cut off for a whole one."""
+        for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
+            lines = [self.fp.readline(65537)]
+            while lines[0].startswith(b"HTTP/") and lines[-1].rstrip(b"\r\n") and len(lines) < 200:
+                lines.append(self.fp.readline(65537))
+            if not re.match(rb"\S+ +1(?!01)\d\d\s", lines[0]):
+                break
+        if any(lines) and not lines[-1].endswith(b"\n") and len(lines[-1]) < 65537:
+            raise http.client.IncompleteRead(lines[-1])
+        file, self.fp = self.fp, io.BytesIO(b"".join(lines))
         try:
             super().begin()
-            for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
-                if not 101 < self.status < 200:
-                    break
-                self.headers = None  # type: ignore[assignment]
-                super().begin()
-        except http.client.BadStatusLine:
-            if head.last[-1:] in (b"", b"\n"):  # closed before it, or not HTTP; else cut off within it
-                raise
         finally:
-            self.fp = self.fp and head.file
-        if not head.last.endswith(b"\n"):
-            raise http.client.IncompleteRead(head.last)
+            self.fp = file
         if self.headers.get("Transfer-Encoding") and not self.chunked:
             raise http.client.HTTPException("its Transfer-Encoding is another than chunked")
 
