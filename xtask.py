@@ -1148,8 +1148,9 @@ def _dial(host: str, port: int, judged: bool, line: _Line, seconds: float) -> so
     ends = time.monotonic() + seconds
     while found:
         family, kind, protocol, _, address = found.pop(0)
-        sock = socket.socket(family, kind, protocol)
+        sock = None
         try:
+            sock = socket.socket(family, kind, protocol)  # which fails on a host without this family
             line.hold(sock)
             sock.settimeout(max(0.1, (ends - time.monotonic()) / (len(found) + 1)))
             sock.connect(address)
@@ -1158,7 +1159,8 @@ def _dial(host: str, port: int, judged: bool, line: _Line, seconds: float) -> so
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             return sock
         except BaseException as error:
-            sock.close()
+            if sock:
+                sock.close()
             if not found or not isinstance(error, OSError) or line.hung_up.is_set():
                 raise
     raise OSError(f"{host} has no address")
