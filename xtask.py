@@ -1847,25 +1847,22 @@ class _FileWork:
 
     def __init__(self, configuration: Configuration, urls: List[str]) -> None:
         self.transport, self.lock = configuration._transport, threading.Lock()
-        self.todo, self.held = deque(enumerate(urls)), 0  # the bytes of all files
+        self.todo, self.held = deque(enumerate(urls)), [0] * len(urls)  # bytes of each file
         self.results: List[_Got] = [TimeoutError("not fetched in time") for _ in urls]
 
     def run(self, line: _Line) -> None:
         with contextlib.suppress(IndexError):  # nothing is left to do
             while True:
                 number, url = self.todo.popleft()
-                content = bytearray()
                 try:
-                    self.results[number] = self.fetch(url, line, content)
+                    self.results[number] = self.fetch(number, url, line)
                 except Exception as error:  # whatever strangers' bytes bring about, it is about one file
-                    with self.lock:
-                        self.held -= len(content)
-                    self.results[number] = error
+                    self.results[number], self.held[number] = error, 0
                     if isinstance(error, _Refused):
                         _warn("a file was left out: %s", error)
 
-    def fetch(self, url: str, line: _Line, content: bytearray) -> Tuple[bytes, Optional[str]]:
-        request = _Request("GET", _clean_url(url), {"Accept": "*/*"}, line)
+    def fetch(self, number: int, url: str, line: _Line) -> Tuple[bytes, Optional[str]]:
+        request, content = _Request("GET", _clean_url(url), {"Accept": "*/*"}, line), bytearray()
         request.guarded = True
         with self.transport.opener.open(request, timeout=self.transport.timeout) as response:
             if response.status != 200:
@@ -1873,10 +1870,9 @@ class _FileWork:
             for part in iter(response.read_some, b""):
                 with self.lock:  # so that of several files the one that is too much fails alone
                     content += part
-                    self.held += len(part)
-                    if len(content) > _MAX_FILE or self.held > _MAX_FILES:
-                        self.held -= len(content)
-                        content.clear()
+                    self.held[number] = len(content)
+                    if len(content) > _MAX_FILE or sum(self.held) > _MAX_FILES:
+                        self.held[number] = 0
                         raise ModuleException(413, "the file is too large")
             if line.hung_up.is_set():  # our own hang-up looks like the end of a file without a length
                 raise http.client.IncompleteRead(b"")
