@@ -841,9 +841,8 @@ class Task(_Record):
             from agno.media import File  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
             return urls
-        files = zip(urls, _fetch_files(self.configuration, urls))
-        made = [_agno_pdf(self.configuration, File, url, got) for url, got in files]
-        return [file for file in made if file is not None]
+        make = functools.partial(_agno_pdf, self.configuration, File)
+        return [file for file in map(make, urls, _fetch_files(self.configuration, urls)) if file is not None]
 
     async def aget_files(self) -> List[Any]:
         """`get_files`, async."""
