@@ -1782,21 +1782,18 @@ def _extension(url: str) -> str:
     return os.path.splitext(rest.partition("/")[2] if scheme else start)[1].lower()
 
 
-def _is_public(address: str) -> bool:
-    """Whether an address, or the IPv4 one in it (RFC 4291 2.5.5.2, 3056 2, 6052 2.1), is everybody's."""
-    import ipaddress
-
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
-        ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(ip.packed[12:]) if nat64 else ip)
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
-
-
 def _judge_addresses(host: str, found: Iterable[Tuple[Any, ...]]) -> None:
     """Refuse a host of which any address, as getaddrinfo gives them, is not public."""
-    if not all(_is_public(str(address[0])) for *_, address in found):
-        raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
+    import ipaddress
+
+    for *_, address in found:
+        ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        if isinstance(ip, ipaddress.IPv6Address):  # the IPv4 one in it: RFC 4291 2.5.5.2, 3056 2, 6052 2.1
+            nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
+            ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(ip.packed[12:]) if nat64 else ip)
+        never = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
+        if never or not ip.is_global:
+            raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
 
 
 def _judge_host(url: str, trusted: Iterable[str], flags: int = 0) -> None:
