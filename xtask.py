@@ -1400,15 +1400,10 @@ def _describe(status: int, value: Any, plain: str) -> str:
         if isinstance(text, str) and text.strip():
             return text.strip()
         if isinstance(text, list) and text and all(isinstance(item, dict) for item in text):
-            return "; ".join(map(_describe_invalid, text))
+            places = [item.get("loc") for item in text]  # of a 422
+            paths = [".".join(map(str, place)) if isinstance(place, list) else place for place in places]
+            return "; ".join(f"{path}: {item.get('msg', 'invalid')}" for path, item in zip(paths, text))
     return plain or http.client.responses.get(status, "Unknown status")
-
-
-def _describe_invalid(item: Dict[str, Any]) -> str:
-    """One entry of a 422: where, and what is wrong there."""
-    where = item.get("loc")
-    path = ".".join(map(str, where)) if isinstance(where, list) else where
-    return f"{path}: {item.get('msg', 'invalid')}"
 
 
 def _retry_after(value: str) -> Optional[float]:
