@@ -113,7 +113,10 @@ def _warn(message: str, *arguments: Any) -> None:
 
 
 _SECRETS = ("access_token", "user_tokens", "user_oidc_token", "api_key", "x-api-key")
-_SECRET_IN_JSON = re.compile(rf'("(?:{"|".join(_SECRETS)})"\s*:\s*)"(?:[^"\\]|\\.)*"')
+# in a text: a string, one of JSON within JSON, or from an object or a list on, whose end is not sought, all
+_SECRET_IN_JSON = re.compile(
+    rf'(?s)("(?:{"|".join(_SECRETS)})\\*"\s*:\s*)(?:"(?:[^"\\]|\\.)*"|\\+"[^"]*"|[\[{{]\s*[^\s\]}}].*)'
+)
 # of a string that is a URL, all from its "?" on; within a text, up to the next "://", which keeps it linear
 _URL_QUERY = re.compile(r"(?is)(\A[a-z][a-z\d+.-]*://[^?]*)\?.*|(://(?:[^\s?#\"'<>:]|:(?!//))*)\?[^\s#\"'<>]*")
 
