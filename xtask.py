@@ -1192,7 +1192,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
             # names are the proxy's to resolve; an address that is written out can be judged
             _judge_host(request.full_url, self._trusted, socket.AI_NUMERICHOST)
         if kept := self._kept(request):
-            with contextlib.suppress(*_BROKEN):  # closed while it lay idle: no answer was lost
+            with contextlib.suppress(ConnectionError, ssl.SSLEOFError):  # closed while it lay idle
                 return self._send(kept, request)
             request.was_sent = True
         if request.type == "https" and self._context is None:
