@@ -1005,11 +1005,6 @@ class _Request(urllib.request.Request):
         self.place = self.host  # of the URL: `host` is where to connect, the proxy's once there is one
 
     @property
-    def route(self) -> Tuple[str, str, str]:
-        """What must be equal for a connection to serve two requests."""
-        return self.type, self.host, self.place
-
-    @property
     def proxied(self) -> bool:
         return self.host != self.place
 
@@ -1098,6 +1093,7 @@ class _Connection(http.client.HTTPConnection):
         self.default_port = 443 if context else 80
         super().__init__(request.host, timeout=request.timeout)
         self.opened_by, self.context, self.process = request, context, os.getpid()
+        self.route = request.type, request.host, request.place  # equal for all requests that it serves
         self.judged = request.guarded and not request.proxied and self.host.lower() not in trusted
 
     def connect(self) -> None:
@@ -1203,7 +1199,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     def _kept(self, request: _Request) -> Optional[_Connection]:
         """An idle connection that serves the request; those that cannot be used any more are closed."""
         for connection in self.idle[::-1]:
-            if request.keep and connection.opened_by.route == request.route:
+            if request.keep and connection.route == (request.type, request.host, request.place):
                 with contextlib.suppress(ValueError):  # another thread was faster
                     self.idle.remove(connection)
                     if connection.is_usable():
