@@ -1111,7 +1111,8 @@ def test_no_repr_shows(kind, data):
 @pytest.mark.parametrize("shown", [
     "https://h/x.pdf?sig=s3cret", "see https://h/x?sig=s3cret now", "HTTPS://h/x?a=b; name='r'&sig=s3cret",
     {"access_token": "s3cret"}, [{"deep": {"user_tokens": ["s3cret"]}}], '{"user_oidc_token" : "s3cret"}',
-    'said {"access_token": "s3cr\\"et s3cret"}',
+    'said {"access_token": "s3cr\\"et s3cret"}', '{"user_tokens": {"a": {"b": "s3cret"}, "c": "s3cret"}}',
+    json.dumps({"body": json.dumps({"body": json.dumps({"api_key": "s3cret", "user_tokens": ["s3cret"]})})}),
 ])
 def test_secrets_are_in_no_repr_however_they_are_wrapped(shown):
     result = xtask.ToolCallResult("r", "o", payload=shown, result=[shown])
@@ -3787,6 +3788,34 @@ SAFE = ["GET", "PATCH", "DELETE"]
 
 
 # -- kept connections
+
+
+def test_a_kept_connection_that_breaks_within_an_answer_counts_as_a_failure(pauses):
+    def script(connection, number):
+        for at, _ in enumerate(iter(connection.request, None)):
+            if at or number > 1:
+                return connection.send("HTTP/1.1 200 O")
+            connection.answer(200, task_dict())
+
+    with RawServer(script) as server, configuration(server.url, max_retries=0) as config:
+        task = xtask.Task.load("t-1", config)
+        with pytest.raises(xtask.ModuleException, match="cut off"):
+            task.reload()
+    assert (server.connections, len(server.requests), pauses) == (1, 2, [])
+
+
+def test_an_address_of_a_family_that_this_host_lacks_is_passed_over(monkeypatch, names):
+    class Socket(socket.socket):
+        def __init__(self, family=-1, *given, **options):
+            if family == socket.AF_INET6:
+                raise OSError(97, "Address family not supported by protocol")
+            super().__init__(family, *given, **options)
+
+    names["both.test"] = [["::1", "127.0.0.1"]]
+    with RawServer(echo) as server:
+        monkeypatch.setattr(socket, "socket", Socket)
+        with configuration(server.url.replace("127.0.0.1", "both.test"), max_retries=0) as config:
+            assert xtask.Task.load("t-1", config).id == "t-1"
 
 
 def test_a_hundred_loads_and_saves_open_one_connection():
