@@ -2212,15 +2212,18 @@ def test_what_is_no_task_is_a_400_on_the_local_platform(body):
         assert caught.value.code == 400 and "JSON" in json.loads(caught.value.read())["detail"]
 
 
-def overtaken(state, held):
-    """A server whose answer to a method waits for `go_on`, and tells then how things stood before."""
+def late(state, held):
+    """A server of one task, whose first answer to a method waits for `go_on`, and its effect, too."""
     def script(connection, number):
         for method, _, _, body in iter(connection.request, None):
-            state.update(json.loads(body or b"{}"), **({"status": "stopped"} if method == "DELETE" else {}))
-            told = json.dumps({**state, "updated_at": f"2026-01-02T03:04:{len(server.requests):02}Z"})
+            told = json.dumps(state)
             if method == held and not server.held.is_set():
                 server.held.set()
                 server.go_on.wait(10)
+            if method != "GET":
+                changes = json.loads(body or b'{"status": "stopped"}')
+                state.update(changes, updated_at=str(len(server.requests)))
+                told = json.dumps(state)
             connection.answer(200, json.loads(told))
 
     server = RawServer(script)
@@ -2228,44 +2231,147 @@ def overtaken(state, held):
     return server
 
 
+def in_background(function):
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
 @pytest.mark.parametrize("name, held, final, sent", [
     ("stop", "DELETE", "stopped", []), ("save", "PATCH", "completed", [{"status": "completed"}])])
 def test_what_a_reload_told_meanwhile_is_no_change_of_the_users(name, held, final, sent):
     state = task_dict(status="executing")
-    with overtaken(state, held) as server:
+    with late(state, held) as server:
         task = make_task(server.config, status="pending")
         task.status = "completed" if name == "save" else task.status
-        calling = threading.Thread(target=getattr(task, name))
-        calling.start()
-        assert server.held.wait(10)
-        state["status"] = "executing"  # as a poll saw it that was answered late
-        assert task.reload().status == "executing"
-        state["status"], task.title = final, "mine"
+        calling = in_background(getattr(task, name))
+        assert server.held.wait(10) and task.reload().status == "executing"
+        task.title = "mine"
         server.go_on.set()
         calling.join(10)
         assert (task.status, task.title) == (final, "mine")
         task.save()
         task.save()
     assert [body for method, _, body in arrived(server) if body] == [*sent, {"title": "mine"}]
-    assert arrived(server)[-1][0] == "GET", "nothing is left to send"
+    assert arrived(server)[-1][0] == "GET" and state["status"] == final, "nothing is left to send"
 
 
-def test_of_two_saves_at_once_nothing_is_lost_sent_again_or_turned_back():
-    with overtaken(task_dict(), "PATCH") as server:
-        task = make_task(server.config)
-        task.title = "A"
-        saving = threading.Thread(target=task.save)
-        saving.start()
+def test_an_old_state_that_comes_late_does_not_undo_a_save():
+    with late(task_dict(title="old"), "GET") as server:
+        task = make_task(server.config, title="old")
+        reloading = in_background(task.reload)
         assert server.held.wait(10)
-        task.internal_status = "B"
+        task.title = "new"
         task.save()
         server.go_on.set()
-        saving.join(10)
-        assert (task.title, task.internal_status) == ("A", "B")
+        reloading.join(10)
+        assert task.title == "new"
+
+
+def test_two_saves_at_once_go_one_after_the_other():
+    state = task_dict()
+    with late(state, "PATCH") as server:
+        task = make_task(server.config)
+        task.title = "1"
+        first = in_background(task.save)
+        assert server.held.wait(10)
+        task.title, task.internal_status = "2", "B"
+        second = in_background(task.save)
+        time.sleep(0.1)  # in which it would arrive
+        assert len(server.requests) == 1
+        server.go_on.set()
+        first.join(10)
+        second.join(10)
+        assert (task.title, task.internal_status) == (state["title"], state["internal_status"]) == ("2", "B")
         task.save()
-    sent = [(method, body and sorted(body)) for method, _, body in arrived(server)]
-    assert sent[:2] == [("PATCH", ["title"]), ("PATCH", ["internal_status", "title"])]
-    assert sent[2:] == [("GET", None)] * 2, "what stands now, and the last save, which had nothing to send"
+    assert [body for _, _, body in arrived(server)] == [
+        {"title": "1"}, {"title": "2", "internal_status": "B"}, None]
+
+
+class Trap(dict):
+    """Does something when it is copied, or made JSON of: a thread that is as quick as can be."""
+
+    do = staticmethod(lambda: None)
+
+    def items(self):
+        self.do()
+        return super().items()
+
+    def __deepcopy__(self, memo):
+        self.do()
+        return dict(self)
+
+
+def test_what_is_changed_while_an_answer_is_put_in_stays_changed():
+    def answer(connection):
+        trap.do = lambda: setattr(task, "title", "late")
+        connection.answer(200, task_dict(title="old", internal_status="new", x={"a": 1}))
+
+    with answering(answer) as server:
+        task, trap = make_task(server.config, title="old", x={"a": 1}), Trap(a=1)
+        task.extra["x"], task.internal_status = trap, "new"
+        assert task.save().title == "late"
+
+
+def test_what_is_told_while_a_save_compares_is_not_sent_back():
+    with answering((200, task_dict(status="completed")), (200, task_dict(status="completed"))) as server:
+        task, trap = make_task(server.config, x={"a": 1}), Trap(a=1)
+
+        def reload_once():
+            trap.do = lambda: None
+            task.reload()
+
+        task.extra["x"], trap.do = trap, reload_once
+        task.save()
+    assert [method for method, *_ in arrived(server)] == ["GET", "GET"]
+
+
+def test_a_copy_of_a_task_is_of_one_moment():
+    with answering((200, task_dict(title="new", x={"a": 1})), (200, task_dict())) as server:
+        task, trap = make_task(server.config, title="old", x={"a": 1}), Trap(a=1)
+        task.extra["x"], trap.do = trap, task.reload
+        twin = copy.deepcopy(task)
+        assert (task.title, twin.title) == ("new", "old")
+        twin.save()
+    assert arrived(server)[-1][0] == "GET"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_task_that_was_being_saved_at_a_fork_can_be_saved_in_the_child():
+    with late(task_dict(), "PATCH") as server:
+        task = make_task(server.config)
+        task.title = "x"
+        saving = in_background(task.save)
+        assert server.held.wait(10)
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                os._exit(0 if task.save().title == "x" else 1)
+            os._exit(2)
+        status = os.waitpid(child, 0)[1]
+        server.go_on.set()
+        saving.join(10)
+    assert status == 0
+
+
+@pytest.mark.parametrize("twin", [
+    lambda task: task.areload(), lambda task: task.await_finished(), lambda task: task.aget_activity_log(),
+    lambda task: xtask.Task.acreate("a-1", "Hi", configuration=task.configuration)], ids=list("rwlc"))
+def test_a_twin_that_is_cancelled_ends_its_thread_too(twin):
+    with RawServer(lambda connection, _: [connection.request(), connection.wait_closed()]) as server:
+        task = make_task(configuration(server.url, timeout=60))
+
+        async def main():
+            waiting = asyncio.ensure_future(twin(task))
+            while not server.requests:
+                await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            assert waiting.cancelled()
+
+        began = time.monotonic()
+        asyncio.run(main())  # which waits for the threads of the twins
+        assert time.monotonic() - began < 10 and len(server.requests) == 1
 
 
 def test_stopping_keeps_unsaved_changes_for_the_next_save():

@@ -21,6 +21,7 @@ terminal program) may be cut off. Python 3.9 or newer, no other package.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import email.utils
 import functools
 import http.client
@@ -115,7 +116,7 @@ def _warn(message: str, *arguments: Any) -> None:
 _SECRETS = ("access_token", "user_tokens", "user_oidc_token", "api_key", "x-api-key")
 # in a text: a string, one of JSON within JSON, or from an object or a list on, whose end is not sought, all
 _SECRET_IN_JSON = re.compile(
-    rf'(?s)("(?:{"|".join(_SECRETS)})\\*"\s*:\s*)(?:"(?:[^"\\]|\\.)*"|\\+"[^"]*"|[\[{{]\s*[^\s\]}}].*)'
+    rf'(?s)("(?:{"|".join(_SECRETS)})\\*"\s*:\s*)(?:"(?:[^"\\]|\\.)*"?|\\+"[^"]*"?|[\[{{]\s*[^\s\]}}].*)'
 )
 # of a string that is a URL, all from its "?" on; within a text, up to the next "://", which keeps it linear
 _URL_QUERY = re.compile(r"(?is)(\A[a-z][a-z\d+.-]*://[^?]*)\?.*|(://(?:[^\s?#\"'<>:]|:(?!//))*)\?[^\s#\"'<>]*")
@@ -126,10 +127,11 @@ def _mask(value: Any, depth: int = 100) -> Any:
     if isinstance(value, (dict, list, tuple)) and not depth:
         return "..."
     if isinstance(value, dict):
-        return {k: "***" if k in _SECRETS and v else _mask(v, depth - 1) for k, v in value.items()}
+        return {_mask(k): "***" if k in _SECRETS and v else _mask(v, depth - 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_mask(item, depth - 1) for item in value]
     if isinstance(value, str) and not isinstance(value, Enum):
+        value = value if len(value) <= 65536 else value[:65536] + "..."  # it takes 165 bytes a character
         return _SECRET_IN_JSON.sub(r'\1"***"', _URL_QUERY.sub(r"\1\2?***", value))
     return value
 
@@ -564,10 +566,16 @@ _REQUIRED = ("id", "agent_id", "organization_id", "input", "created_at")
 
 
 async def _in_thread(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
-    """All that the async twins do."""
+    """All that the async twins do. One that is cancelled hangs up, so that its thread ends, too."""
     import asyncio  # 60 ms of import that sync programs never need
 
-    return await asyncio.to_thread(function, *arguments, **options)
+    line = _Line()
+    before = _twins_line.set(line)  # which the thread sees
+    try:
+        return await asyncio.to_thread(function, *arguments, **options)
+    finally:
+        _twins_line.reset(before)
+        line.hang_up()
 
 
 @dataclass(repr=False)
@@ -747,14 +755,7 @@ class Task(_Record):
         Deep changes count, None is null; what changes meanwhile stays changed, and a failed save keeps
         all for the next. Nothing to send: it reloads. Route: PATCH /agent-execution/{task_id}/update.
         """
-        if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
-            raise ValueError("internal_status has more than the 255 characters the platform takes")
-        before = self.to_dict()
-        changed = _changed(json.loads(self._told), before)
-        changes = {name: value for name, value in before.items() if name in changed}
-        if not changes:
-            return self._take(before)
-        return self._take(before, "PATCH", "/agent-execution/{task_id}/update", body=changes)
+        return self._save({})
 
     async def asave(self) -> Task:
         """`save`, async."""
@@ -766,10 +767,7 @@ class Task(_Record):
             raise ValueError(f"{str(status)!r} is not a status: use one of {', '.join(AgentExecutionStatus)}")
         changes = _given({"status": status, "result": result})
         self.__dict__.update(changes, status=AgentExecutionStatus(status))
-        # what the server told of these counts no more, so that they are sent even if they are the same
-        told = {name: value for name, value in json.loads(self._told).items() if name not in changes}
-        self._told = json.dumps(told)
-        return self.save()
+        return self._save(changes)
 
     async def aset_status(
         self, status: Union[AgentExecutionStatus, str], result: Optional[str] = None
@@ -779,8 +777,9 @@ class Task(_Record):
 
     def stop(self) -> Task:
         """Stop it; other unsaved changes than the status stay. Route: DELETE /agent-execution/{task_id}."""
-        before = {**json.loads(self._told), "status": _plain(self.status)}
-        return self._take(before, "DELETE", "/agent-execution/{task_id}")
+        told = self._told
+        before = {**json.loads(told), "status": _plain(self.status)}
+        return self._take(told, before, "DELETE", "/agent-execution/{task_id}")
 
     async def astop(self) -> Task:
         """`stop`, async."""
@@ -788,7 +787,7 @@ class Task(_Record):
 
     def reload(self) -> Task:
         """The server's state, into this object. Unsaved changes are dropped."""
-        return self._take(None)
+        return self._take(self._told)
 
     async def areload(self) -> Task:
         """`reload`, async."""
@@ -909,24 +908,61 @@ class Task(_Record):
             return cls._of(answer.value, answer.text, configuration)
         raise answer.unexpected("a task")
 
-    def _take(self, before: Optional[Dict[str, Any]], *request: str, **options: Any) -> Task:
-        """Become the task that is answered, but for the fields that were changed since `before`."""
-        told, ids = self._told, {"task_id": self.id}
+    def _save(self, always: Dict[str, Any]) -> Task:
+        """Send what differs from what the server last told, and these values even if they do not."""
+        if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
+            raise ValueError("internal_status has more than the 255 characters the platform takes")
+        with self._one_at_a_time():
+            told, before = self._snapshot()
+            known = {name: value for name, value in json.loads(told).items() if name not in always}
+            if always:  # by the next save too, if this one fails
+                told = self._told = json.dumps(known)
+            changed = _changed(known, before)
+            changes = {**{name: before[name] for name in before if name in changed}, **always}
+            if not changes:
+                return self._take(told, before)
+            return self._take(told, before, "PATCH", "/agent-execution/{task_id}/update", body=changes)
+
+    def _one_at_a_time(self) -> Any:
+        """A lock, because two saves on their way may arrive in any order; a fork may copy it locked."""
+        return self.__dict__.setdefault(f"_lock of {os.getpid()}", threading.Lock())
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {name: value for name, value in self.__dict__.copy().items() if not name.startswith("_lock")}
+
+    def _snapshot(self) -> Tuple[Union[str, bytes], Dict[str, Any]]:
+        """What the server last told, and what is here now, of the same moment."""
+        while True:
+            told, now = self._told, self.to_dict()
+            if told is self._told:
+                return told, now
+
+    def _take(
+        self, told: Union[str, bytes], before: Optional[Dict[str, Any]] = None, *request: str, **options: Any
+    ) -> Task:
+        """Become the task that is answered, but for what was changed since `before`, if that is given.
+
+        `told` is what the server had told then; `request` is a method and a route, else the status's.
+        """
+        ids = {"task_id": self.id}
         newer = self._ask(self.configuration, ids, *request, **options)
+        overtaken = self._told is not told  # by the answer to another call, which may be the newer one
+        if overtaken:
+            newer = self._ask(self.configuration, ids)
+        state = self.__dict__.copy()
         if before is not None:
-            overtaken = self._told is not told  # by the answer to another call, which may be the newer one
-            if overtaken:
-                newer = self._ask(self.configuration, ids)
-            now = self.to_dict()
+            told, now = self._snapshot()
             changed = _changed(before, now)
             if overtaken:  # what is as the server told it is no change of the user's
-                changed &= _changed(json.loads(self._told), now)
+                changed &= _changed(json.loads(told), now)
             for name in changed:
                 is_field = name in self._plan()[0]
                 ours, its = (self.__dict__, newer.__dict__) if is_field else (self.extra, newer.extra)
                 if name in ours:  # else it was taken out of `extra`
                     its[name] = ours[name]
-        self.__dict__.update(newer.__dict__, _configuration=self._configuration)
+        newer._configuration = self._configuration
+        late = {name: value for name, value in self.__dict__.copy().items() if value is not state.get(name)}
+        self.__dict__.update({**newer.__dict__, **late})  # at once, for whoever reads meanwhile
         return self
 
     def _pauses(self, timeout: Optional[float]) -> Iterator[float]:
@@ -961,7 +997,7 @@ _AGAIN_STREAM: _Again = (429, *range(500, 600)), _TIMEOUTS + _BROKEN
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
 _jitter = random.SystemRandom().uniform  # the generator that `random.seed` sets is the program's
 # A host first; neither "@" (a user name), nor what parsers of URLs read in two ways
-_HOST_AND_PORT = re.compile(r"(?!:)[^\s@%\\/?#]+")
+_HOST_AND_PORT = re.compile(r"(?!:)[^\s\0-\x20\x7f@%\\/?#]+")
 
 
 def _wait(seconds: float, line: Optional[_Line] = None) -> None:
@@ -989,6 +1025,9 @@ class _Line:
             # away under the thread that reads
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+_twins_line: contextvars.ContextVar[Optional[_Line]] = contextvars.ContextVar("line", default=None)
 
 
 class _Request(urllib.request.Request):
@@ -1028,6 +1067,8 @@ class _Response(http.client.HTTPResponse):
                 break
         if any(lines) and not lines[-1].endswith(b"\n") and len(lines[-1]) < 65537:
             raise http.client.IncompleteRead(lines[-1])
+        if any(b"\r" in line.rstrip(b"\r\n") for line in lines):  # at which the e-mail parser splits, too
+            raise http.client.HTTPException("its head has a CR within a line")
         file, self.fp = self.fp, io.BytesIO(b"".join(lines))
         try:
             super().begin()
@@ -1119,7 +1160,7 @@ class _Connection(http.client.HTTPConnection):
         secret = f"Proxy-Authorization: {secret}\r\n" if secret else ""
         self.sock.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{secret}\r\n".encode("latin-1"))
         # its buffer takes nothing of the origin's, which speaks second under TLS
-        with http.client.HTTPResponse(self.sock, method="CONNECT") as answer:
+        with _Response(self.sock, method="CONNECT") as answer:
             answer.begin()
             if answer.status != 200:
                 raise OSError(f"the proxy refused the tunnel: {answer.status} {answer.reason}")
@@ -1243,7 +1284,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         response.close()
         method, url = request.get_method(), request.full_url
         location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
-        target = urllib.parse.urljoin(url, location)
+        target = urllib.parse.urljoin(url, urllib.parse.quote(location, safe="/%!$&'()*+,;=:@~?#[]"))
         if not request.guarded and (method != "GET" or _origin(url) != _origin(target)):
             text = f"{request.place} redirects {method} elsewhere: check XPANDER_BASE_URL"
             raise ModuleException(response.status, text)
@@ -1264,6 +1305,8 @@ def _origin(url: str) -> Tuple[str, Optional[str], Optional[int]]:
 
 def _clean_url(url: str, name: str = "a file's URL") -> str:
     """A URL that can be sent: http or https, no user name, everything else percent-encoded."""
+    if len(url) > 2048 and not url.isascii():  # normalising one takes time by the square of its length
+        raise _Refused(f"{name} has more than 2048 characters, some of them not ASCII")
     parts = urllib.parse.urlsplit(url.strip())
     place = parts.netloc.lower() if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     if parts.scheme not in ("http", "https") or not _HOST_AND_PORT.fullmatch(place):  # IDNA makes "%", too
@@ -1312,7 +1355,7 @@ class _Transport:
         line: Optional[_Line] = None,
     ) -> _Answer:
         """The JSON that answers a request, after further tries where those are safe."""
-        line = line or _Line()
+        line = line or _twins_line.get() or _Line()
 
         def once(failures: int) -> _Answer:
             request = self.request(method, url, {"Accept": "application/json", **headers}, line)
@@ -1367,14 +1410,16 @@ class _Transport:
         if 200 <= status < 300:
             what = "HTML" if html else "something"
             raise ModuleException(500, f"{place} answered with {what} that is not JSON") from broken
-        plain = " ".join(body[:2000].decode("utf-8", "replace").split())[:200] if broken and not html else ""
-        failure = ModuleException(status, self.hide(_describe(status, value, plain)), value)
+        text = self.hide(body[:2000].decode("utf-8", "replace")) if broken and not html else ""
+        description = _mask(_describe(status, value, " ".join(text.split())[:200]))
+        failure = ModuleException(status, self.hide(description), value)
         failure._retry_after = _retry_after(headers.get("Retry-After", ""))
         raise failure
 
     def no_answer(self, place: str, error: Exception) -> ModuleException:
         """The failure of a request that no server answered, or not to the end."""
         error.args = tuple(map(self.hide, error.args))  # which a traceback shows as the cause
+        error.__context__ = None  # which it shows, too
         reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = f"its certificate is not trusted ({error.verify_message}): name the authority in " \
@@ -1383,6 +1428,9 @@ class _Transport:
             reason = "no answer in time; see Configuration(timeout=...)"
         elif isinstance(error, http.client.IncompleteRead):
             reason = "the answer was cut off"
+        elif isinstance(error, (ValueError, http.client.InvalidURL)) and not isinstance(error, _Refused):
+            reason = "the URL, of a redirect or a proxy, is none"  # which may hold a proxy's password
+            error.args = (reason,)
         reason = " ".join(reason.split())[:300]
         return ModuleException(500, f"No answer from {place}: {reason}", answered=False)
 
@@ -1409,7 +1457,7 @@ def _retry_after(value: str) -> Optional[float]:
     """RFC 9110, section 10.2.3: seconds, or a date."""
     if re.fullmatch("[0-9]+", value.strip()):
         return float(value)  # of hundreds of digits: an infinity
-    with contextlib.suppress(TypeError, ValueError, OverflowError):  # it is no date
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # it is no date
         moment = email.utils.parsedate_to_datetime(value)
         return max(0.0, moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() - time.time())
     return None
@@ -1445,7 +1493,7 @@ class _Parser:
     def __init__(self, last_id: str = "", retry: Optional[int] = None) -> None:
         self.last_id, self.retry = last_id, retry
         self._bom = b"\xef\xbb\xbf"  # which only the first event may start with
-        self._pending: List[bytes] = []  # joined once an event is whole: linear at any chunk size
+        self._pending = bytearray()  # of an event that is not whole: linear in time at any chunk size
         self._size = 0
         self._ended_cr = False  # an LF that follows belongs to it
 
@@ -1458,14 +1506,13 @@ class _Parser:
             if chunk:
                 self._ended_cr = chunk.endswith(b"\r")
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-            blank = chunk[:1] == b"\n" and self._pending and self._pending[-1].endswith(b"\n")
+            blank = chunk[:1] == b"\n" == self._pending[-1:]
             if blank or b"\n\n" in chunk:
-                whole, _, chunk = b"".join([*self._pending, chunk]).rpartition(b"\n\n")
+                whole, _, chunk = b"".join([self._pending, chunk]).rpartition(b"\n\n")
                 whole = whole.removeprefix(self._bom)
-                self._pending, self._size, self._bom = [], 0, b""
+                self._pending, self._size, self._bom = bytearray(), 0, b""
                 arrived = len(chunk)
-        if chunk:
-            self._pending.append(chunk)
+        self._pending += chunk
         self._size += arrived
         return self._events(whole) if whole or self._size > _MAX_EVENT else ()
 
@@ -1641,9 +1688,14 @@ class _Stream:
         spoke = time.monotonic()
         try:
             for chunk in iter(response.read_some, b""):
-                batch = [event for event in map(self._fresh, self.parser.feed(chunk)) if event]
+                batch: List[TaskUpdateEvent] = []
+                for event in filter(None, map(self._fresh, self.parser.feed(chunk))):
+                    batch.append(event)
+                    spoke = time.monotonic()
+                    if isinstance(event.data, Task):  # each has a copy of the input, which may be large
+                        yield batch
+                        batch = []
                 yield batch
-                spoke = time.monotonic() if batch else spoke
                 if self.finished or time.monotonic() - spoke > self.patience:
                     return  # the second: nothing but comments
         except (OSError, http.client.HTTPException):
@@ -1700,6 +1752,7 @@ class _Stream:
             last = error
         with contextlib.suppress(RuntimeError):  # the loop was closed under the stream
             bell.put(loop, queue, last)
+        last = None  # its traceback holds this frame
 
 
 class _Bell:
@@ -1750,6 +1803,7 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
         for exponent in range(8):  # some 0.1 s: a thread inside a name look-up ends with it
             stream.line.hang_up()  # again: it may have been about to connect
             room.release()  # one too many harms nothing: the thread is at its end
+            thread.join(0.005)  # nearly always enough: a loop that is about to close waits no longer
             if not thread.is_alive() or loop.is_closed():
                 break
             await asyncio.sleep(0.0005 * 2**exponent)
@@ -1866,7 +1920,8 @@ class _FileWork:
                         raise ModuleException(413, "the file is too large")
             if line.hung_up.is_set():  # our own hang-up looks like the end of a file without a length
                 raise http.client.IncompleteRead(b"")
-            said = re.search(r'(?i);\s*charset\s*=[\s"]*([^\s;"]+)', response.headers.get("Content-Type", ""))
+            kind = response.headers.get("Content-Type", "")
+            said = re.search(r'(?i);\s*charset\s*=[\s"]*([^\s;"]{1,40})', kind)
             return bytes(content), said and said[1]
 
 
@@ -2037,11 +2092,11 @@ class LocalPlatform:
         with self._lock:
             for run in self._runs.values():
                 run.change({"status": "stopped"})
-            served = list(self._served.items())
+            served, ends = list(self._served.items()), time.monotonic() + 0.5
         for thread, connection in served:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)  # or a kept one would go on to be served
-            thread.join(0.5)  # not for ever: its client may not read
+            thread.join(max(0.0, ends - time.monotonic()))  # not for ever: its client may not read
         self.configuration.close()
 
     def _serve(self, handler: Any) -> None:
@@ -2218,7 +2273,8 @@ class _Screen:
     """Standard output: JSON for programs; for people text, and on a terminal a live line below it."""
 
     def __init__(self, as_json: bool, task: Optional[Task] = None) -> None:
-        self.as_json, self.task, self.answer = as_json, task, ""
+        self.as_json, self.task = as_json, task
+        self.answer: List[str] = []  # its chunks
         self.doing = "waiting" if task and task.events_streaming else "working"
         self.live = bool(task and not as_json and sys.stdout and sys.stdout.isatty())
         self.drawn, self.in_line = "", False
@@ -2267,9 +2323,9 @@ class _Screen:
             self.write("" if told.result is None else _text(told.result) + "\n")
         elif self.task and told.task_id == self.task.id and told.type in ("chunk", "task_finished"):
             if told.type == "chunk" and told.data is not None:
-                text = _text(told.data)
-                self.doing, self.answer = "answering", self.answer + text
-                self.write(text)
+                self.doing = "answering"
+                self.answer.append(_text(told.data))
+                self.write(self.answer[-1])
         elif told.type != "connected":
             self.doing = _TIMELINE.get(told.type, ("", "working"))[1]
             self.write("\n" * self.in_line + _tell(told.time, told.type, told.raw.get("data")))
@@ -2288,8 +2344,9 @@ def _follow(task: Task, as_json: bool) -> None:
             end = {"type": "task_finished", "task_id": task.id, "data": task.to_dict()}
             screen.show(TaskUpdateEvent.from_dict(end))
     screen.write(_tell(task.finished_at, str(task.status), "after " + _span(task, task.finished_at)))
-    if task.result is not None and _text(task.result).strip() != screen.answer.strip():  # not shown yet
-        screen.write(f"\n{_text(task.result)}\n")
+    result = "" if task.result is None else _text(task.result)
+    if result.strip() != "".join(screen.answer).strip():  # not shown yet
+        screen.write(f"\n{result}\n")
     if task.status != "completed":
         raise RuntimeError(f"the task ended as {task.status}")
 
