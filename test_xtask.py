@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 import typing
 import unicodedata
@@ -1126,6 +1127,13 @@ def test_no_repr_shows_what_is_asked_for_in_other_urls_or_is_in_a_server_sent_ev
     assert "s3cret" not in repr(asked) + repr(event) and "s3://b/k.pdf?***" in repr(asked)
     assert repr(event) == """ServerSentEvent(event='message', data='{"access_token": "***", "n": 1}', """ \
         "id='1', retry=None)"
+
+
+def test_a_repr_hides_in_names_and_in_texts_that_are_cut():
+    shown = {"https://e.com/a?sig=s3cret": 1, "text": '{"access_token": "s3cret', "long": "x" * 65_500}
+    shown["far"] = "x" * 65_510 + ' "access_token": "' + "s3cret" * 10
+    told = repr(xtask.ToolCallRequest("r", "o", payload=shown))
+    assert "s3cret" not in told and "https://e.com/a?***" in told and len(told) < 140_000
 
 
 def test_a_repr_takes_time_linear_in_what_a_server_sent():
@@ -2345,6 +2353,7 @@ def test_a_task_that_was_being_saved_at_a_fork_can_be_saved_in_the_child():
         assert server.held.wait(10)
         child = os.fork()
         if not child:
+            signal.alarm(20)  # which ends it
             with contextlib.suppress(BaseException):
                 os._exit(0 if task.save().title == "x" else 1)
             os._exit(2)
@@ -2937,6 +2946,25 @@ def test_the_same_data_of_another_event_is_told_apart_byte_for_byte(pauses):
     one = 'data: {"type": "chunk", "task_id": "t-1", "data": 1}\n\n'
     with feed(plays(one), plays(one.replace(": 1}", ":  1}"), FINISHED)) as server:
         assert chunks(follow(server)) == [1, 1]
+
+
+@both_faces
+def test_trimmed_tasks_that_come_together_do_not_fill_the_memory_with_copies_of_the_input(face):
+    trimmed = sse("task_updated", {"status": "executing"})
+    with feed(plays(trimmed * 400 + FINISHED)) as server:
+        task = make_task(server.config, input={"text": "x" * 200_000})
+
+        async def take_all():
+            return [event.data.input.text[:2] async for event in task.aevents()]
+
+        tracemalloc.start()
+        try:
+            got = asyncio.run(take_all()) if face == "async" else [
+                event.data.input.text[:2] for event in task.events()]
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert got == [*["xx"] * 400, "Hi"] and peak < 20 * MIB
 
 
 # -- ids and retry
@@ -4177,7 +4205,8 @@ def test_retry_after_is_obeyed_in_both_its_forms(method, value, least, most, pau
     assert len(pauses) == 1 and least <= pauses[0] <= most
 
 
-@pytest.mark.parametrize("value", ["soon", "-1", "1.5", "\u00b2", "Sun, 99 Nov 1994"])
+@pytest.mark.parametrize("value", ["soon", "-1", "1.5", "\u00b2", "Sun, 99 Nov 1994",
+                                   "Jan ( , x 1:2:3 GMT"])
 def test_a_retry_after_in_no_known_form_leaves_the_pause_to_us(value, pauses):
     with answering(limited(value), OK) as server:
         assert CALLS["GET"](server.config).internal_status == "saved"
@@ -4328,6 +4357,20 @@ def test_a_redirect_on_the_origin_is_followed_with_the_key(status):
         assert server.requests[1][2]["x-api-key"] == KEY
 
 
+@pytest.mark.parametrize("of", ["redirect", "file"])
+def test_a_host_name_that_takes_long_to_normalise_is_refused(of):
+    name = "\u0301" * 15_000 + "\u0323" * 15_000  # some 4 s, as slow as the square of the length
+    began = time.process_time()
+    with answering(moved(f"http://a{name}/x".encode().decode("latin-1")), OK) as server:
+        if of == "redirect":
+            with pytest.raises(xtask.ModuleException):
+                CALLS["GET"](server.config)
+        else:
+            task = make_task(server.config, input={"text": "", "files": [f"http://a{name}/x.txt"]})
+            assert task.get_human_readable_files()[0]["content"].startswith("Error: ")
+    assert time.process_time() - began < 2
+
+
 def test_a_redirect_without_end_ends(pauses):
     with answering(moved("/again")) as server:
         with pytest.raises(xtask.ModuleException) as failed:
@@ -4378,6 +4421,50 @@ def test_what_is_no_http_is_not_repeated(pauses):
     told = str(failed.value) + repr(failed.value)
     assert failed.value.status_code == 500 and f"127.0.0.1:{server.port}" in told
     assert KEY not in told and "\n" not in told and "\\n" not in told
+
+
+@pytest.mark.parametrize("answer", [
+    f"HTTP/1.1 {KEY}\r\n\r\n", f"HTTP/1.1 400 X\r\n\r\n{'x' * 192}{KEY}",
+    "HTTP/1.1 400 X\r\n\r\n" + json.dumps({"detail": f"no https://e.com/a.pdf?sig={KEY}"}),
+    "HTTP/1.1 400 X\r\n\r\n" + json.dumps({"detail": "no https://e.com/a.pdf?sig=s3cret"})],
+    ids=["status", "cut", "URL", "query"])
+def test_no_failure_tells_the_key_in_part_or_the_query_of_a_url(answer, pauses):
+    with RawServer(lambda connection, _: [connection.request(), connection.send(answer)]) as server:
+        with pytest.raises(xtask.ModuleException) as failed:
+            make_task(server.config).reload()
+    told = everything_told(failed.value).replace("make_task(", "")
+    assert KEY[:5] not in told and "s3cret" not in told
+
+
+HEADS = {
+    "nested messages": "Content-Type: message/rfc822\r\r" * 1200 + "\r\n\r\n",
+    "nested parts": "Content-Type: multipart/mixed; boundary=b\r\r--b\r" * 3000 + "\r\n\r\n",
+    "more headers": "a: b\r\n" * 300 + "\r\n",
+    "a long header": "a: " + "b" * 70_000 + "\r\n\r\n",
+    "a long line": "b" * 70_000,
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("of", ["call", "stream"])
+def test_a_head_that_is_none_is_an_error(head, of, pauses):
+    text = "HTTP/1.1 200 OK\r\n" + HEADS[head]
+    with RawServer(lambda connection, _: [connection.request(), connection.send(text)]) as server:
+        task = make_task(server.config)
+        with pytest.raises(xtask.ModuleException):
+            task.reload() if of == "call" else list(task.events())
+
+
+@pytest.mark.parametrize("status", [100, 102])
+def test_interim_answers_without_end_are_given_up(status, pauses):
+    def script(connection, number):
+        connection.request()
+        while True:
+            connection.send(f"HTTP/1.1 {status} Wait\r\n\r\n" * 100)
+
+    with RawServer(script) as server, configuration(server.url, max_retries=0, timeout=10) as config:
+        with pytest.raises(xtask.ModuleException):
+            CALLS["GET"](config)
 
 
 def test_connecting_takes_no_longer_than_any_other_wait():
@@ -4561,7 +4648,8 @@ def test_no_proxy_goes_straight(no_proxy, monkeypatch):
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("address", ["http://user:wrong-pass@127.0.0.1:{}",
                                      "socks5://user:wrong-pass@127.0.0.1:{}",
-                                     "http://user:wrong-pass@127.0.0.1:1"])
+                                     "http://user:wrong-pass@127.0.0.1:1",
+                                     "http:/user:wrong-pass@127.0.0.1:9", "http://user:wrong-pass"])
 def test_a_proxy_that_does_not_let_us_through_is_told_without_its_password(scheme, address, monkeypatch,
                                                                            pauses):
     with Proxy("user:right-pass") as proxy:

@@ -74,7 +74,7 @@ _KEEP_CONNECTIONS = 32
 _REPLAY_WINDOW = 10_000  # events remembered, to skip what is sent again after a reconnect
 _RELAY_BATCHES = 4  # reads of a stream (64 KiB or one event) that may wait for an async consumer
 _FINAL_SILENCE = 5.0  # seconds after which the stream of a finished task counts as over
-_REFUSAL_SECONDS = 2.0  # to read why a stream is refused: the status says enough to go on with
+_REFUSAL_SECONDS = 2.0  # for the body of a refused stream, whose status alone is enough
 
 # ---- Errors and warnings -----------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class _Record:
 
     extra: Dict[str, Any]
     _wire: Mapping[str, Any] = {}  # the object as it came: which keys, and how times were spelled
-    _told: Union[str, bytes] = "{}"  # of a task: the JSON that the server last told, parsed when it is saved
+    _told: Union[str, bytes] = "{}"  # of a task: what the server last told, as text: few tasks are saved
     _configuration: Optional[Configuration] = None  # which it was loaded with, if it can load more
 
     @classmethod
@@ -552,7 +552,7 @@ def _default_configuration() -> Configuration:
     key = tuple(map(os.environ.get, names))
     if len(_shared) >= 16 and key not in _shared:
         _shared.clear()  # an environment that keeps changing must not fill the memory
-    return _shared.get(key) or _shared.setdefault(key, Configuration())
+    return _shared.get(key) or _shared.setdefault(key, Configuration())  # atomic: all threads get the same
 
 
 def _given(values: Mapping[str, Any]) -> Dict[str, Any]:
@@ -1006,7 +1006,7 @@ def _wait(seconds: float, line: Optional[_Line] = None) -> None:
 
 
 class _Line:
-    """Holds the socket that a thread waits for, through all its requests, so that another can hang up."""
+    """The socket that a thread waits for, one after the other: `hang_up`, from any thread, ends it all."""
 
     def __init__(self) -> None:
         self.hung_up = threading.Event()
@@ -1041,7 +1041,7 @@ class _Request(urllib.request.Request):
     def __init__(self, method: str, url: str, headers: Mapping[str, str], line: _Line) -> None:
         super().__init__(url, None, dict(headers), method=method)
         self.line, self.given = line, headers  # those of ours: urllib adds its own, and a proxy's password
-        self.place = self.host  # of the URL: `host` is where to connect, the proxy's once there is one
+        self.place = self.host  # the URL's own: `host` is where to connect, the proxy's once there is one
 
     @property
     def proxied(self) -> bool:
@@ -1110,7 +1110,7 @@ class _Response(http.client.HTTPResponse):
         return data
 
     def read_all(self, body: bytearray, limit: int = _MAX_ANSWER, seconds: float = float("inf")) -> None:
-        """Read the body, to its end or over a limit, into `body`, which has what came if this fails."""
+        """Append the body to `body`, to its end or just over a limit; what came is there if this fails."""
         ends = time.monotonic() + seconds
         for part in iter(self.read_some, b""):
             body += part
@@ -1632,7 +1632,7 @@ class _Stream:
         self.required = _plain({name: getattr(self.task, name) for name in _REQUIRED})
         self.patience = _FINAL_SILENCE if self.task.is_finished else float("inf")  # seconds without an event
         while True:
-            yield []  # so that whoever relays sees that his loop is closed
+            yield []  # before each connection, so that `relay` sees that its loop is closed
             first = 0.5 if self.parser.retry is None else 2 * self._retry()
             response = self.transport.persist(self._open, _AGAIN_STREAM, self.line, first)
             if response:
@@ -1957,6 +1957,13 @@ __all__ += ["LocalPlatform", "main"]
 _Play = Generator[Tuple[str, Any], None, Any]  # what an agent yields, and returns as the result
 
 
+def _within(value: Any, *names: str) -> Dict[str, Any]:
+    """The object at this path of names; an empty one where there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
 def _local_agent(task: Dict[str, Any]) -> _Play:
     """The built-in agent: thinks, calls a tool and answers in chunks, in about a second."""
     about = str(task["input"]["text"])[:60]
@@ -2065,7 +2072,7 @@ class LocalPlatform:
         class Handler(BaseHTTPRequestHandler):
             protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
             wbufsize, timeout = -1, 30  # one packet for head and body; seconds for a client that stands still
-            do_GET = do_POST = do_PATCH = do_DELETE = lambda handler: self._serve(handler)
+            do_GET = do_POST = do_PATCH = do_DELETE = lambda handler: self._serve(handler)  # of the platform
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -2221,13 +2228,6 @@ def _text(value: Any) -> str:
 def _one_line(value: Any) -> str:
     """A value for people, on one line and without secrets."""
     return " ".join(_text(_mask(value)).split())
-
-
-def _within(value: Any, *names: str) -> Dict[str, Any]:
-    """The object at this path of names; an empty one where there is none."""
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
 
 
 def _cut(text: str) -> str:
