@@ -1590,6 +1590,14 @@ def test_an_agents_version_goes_into_its_header(face):
     assert headers["x-agent-version"] == "3" and json.loads(body) == {"input": HI}
 
 
+@pytest.mark.parametrize("version", ["1\n2", "\u2603"])
+def test_an_agents_version_that_no_header_can_carry_is_refused_before_any_request(version):
+    with RawServer(play) as server:
+        with pytest.raises(ValueError, match="agent_version"):
+            xtask.Task.create("a-1", "Hi", configuration=server.config, agent_version=version)
+        assert server.connections == 0
+
+
 @pytest.mark.parametrize("organization", [None, "org/2"])
 @both_faces
 def test_events_are_asked_for_under_the_events_root(face, organization):
@@ -1636,6 +1644,7 @@ ROOTS = [
     ("http://localhost:8086", "http://localhost:8086", "the same/org-1"),
     ("my.com:8000/base//", "https://my.com:8000/base", "the same/org-1"),
     ("my.com/base?x=1#y", "https://my.com/base", "the same/org-1"),
+    ("my.com/base?x=http://y", "https://my.com/base", "the same/org-1"),
     ("https://MY.com/Base/", "https://my.com/Base", "the same/org-1"),
     ("https://evil.com/inbound.xpander.ai", "https://evil.com/inbound.xpander.ai", "the same/org-1"),
     ("https://inbound.xpander.ai.evil.com", "https://inbound.xpander.ai.evil.com", "the same/org-1"),

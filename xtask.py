@@ -131,7 +131,7 @@ def _mask(value: Any, depth: int = 100) -> Any:
     if isinstance(value, (list, tuple)):
         return [_mask(item, depth - 1) for item in value]
     if isinstance(value, str) and not isinstance(value, Enum):
-        value = value if len(value) <= 65536 else value[:65536] + "..."  # it takes 165 bytes a character
+        value = value if len(value) <= 65536 else value[:65536] + "..."  # hiding takes 165 bytes a character
         return _SECRET_IN_JSON.sub(r'\1"***"', _URL_QUERY.sub(r"\1\2?***", value))
     return value
 
@@ -481,7 +481,8 @@ class Configuration:
             raise ValueError("api_key must be printable ASCII: look for stray characters around it")
         staging = "stg." if os.environ.get("IS_STG", "").strip().lower() == "true" else ""
         root = _setting(base_url, "XPANDER_BASE_URL") or f"https://inbound.{staging}xpander.ai"
-        root = (root if "://" in root else f"https://{root}").partition("?")[0]
+        root = root.partition("?")[0]
+        root = root if "://" in root else f"https://{root}"
         hosts = [trusted_file_hosts] if isinstance(trusted_file_hosts, str) else trusted_file_hosts
         self.__dict__.update(  # frozen: setting an attribute would raise
             api_key=api_key, organization_id=_setting(organization_id, "XPANDER_ORGANIZATION_ID"),
@@ -707,11 +708,14 @@ class Task(_Record):
         if not (prompt or file_urls or options.get("id")):
             raise ValueError("a task needs a prompt, file_urls or the id of a task to continue")
         asked = {"text": prompt, "files": file_urls or None, "user": options.pop("user", None)}
-        version = options.pop("agent_version", None)
+        asked_version = options.pop("agent_version", None)
+        version = "" if asked_version is None else str(asked_version)
+        if not (version.isascii() and version.isprintable()):
+            raise ValueError("agent_version must be printable ASCII")
         return cls._ask(
             configuration or _default_configuration(), {"agent_id": agent_id},
             "POST", "/agent-execution/{agent_id}", body=_given({"input": _given(asked), **options}),
-            headers={} if version is None else {"x-agent-version": str(version)},
+            headers={"x-agent-version": version} if version else {},
         )
 
     @classmethod
@@ -794,7 +798,10 @@ class Task(_Record):
         return await _in_thread(self.reload)
 
     def wait_finished(self, timeout: Optional[float] = None) -> Task:
-        """Reload, in pauses growing from 0.5 to 5 s, to the task's end; after `timeout` s: `TimeoutError`."""
+        """Reload to the task's end, in pauses growing from 0.5 to 5 s.
+
+        `TimeoutError` once `timeout` seconds are over, which is looked at after each reload.
+        """
         for pause in self._pauses(timeout):
             _wait(pause)
             self.reload()
@@ -979,7 +986,7 @@ class Task(_Record):
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Set[str]:
     """The names of what is in one alone, or differs as JSON: True is not 1, key order does not count."""
-    both = old.keys() & new.keys()
+    both = [name for name in old.keys() & new.keys() if old[name] is not new[name]]
     return (old.keys() ^ new.keys()) | {name for name in both if _ordered(old[name]) != _ordered(new[name])}
 
 
@@ -1135,7 +1142,7 @@ class _Connection(http.client.HTTPConnection):
         super().__init__(request.host, timeout=request.timeout)
         self.opened_by, self.context, self.process = request, context, os.getpid()
         self.route = request.type, request.host, request.place  # equal for all requests that it serves
-        self.judged = request.guarded and not request.proxied and self.host.lower() not in trusted
+        self.judged = request.guarded and not request.proxied and self.host.lower().rstrip(".") not in trusted
 
     def connect(self) -> None:
         request, line = self.opened_by, self.opened_by.line
