@@ -1608,7 +1608,8 @@ def test_events_are_asked_for_under_the_events_root(face, organization):
     [(method, path, headers, body)] = server.requests
     organization = organization.replace("/", "%2F") if organization else ORG  # the task's own serves
     assert (method, path, body) == ("GET", f"/{organization}/agent-execution/t%2F1/events", b"")
-    assert headers["accept"] == "text/event-stream" and headers["x-api-key"] == KEY
+    assert (headers["accept"], headers["cache-control"]) == ("text/event-stream", "no-store")
+    assert headers["x-api-key"] == KEY
     assert "last-event-id" not in headers and headers["connection"] == "close"
     assert headers["user-agent"] == f"xtask/{xtask.__version__}"
     assert [event.type for event in finished] == ["task_finished"]

@@ -1810,7 +1810,7 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
         for exponent in range(8):  # some 0.1 s: a thread inside a name look-up ends with it
             stream.line.hang_up()  # again: it may have been about to connect
             room.release()  # one too many harms nothing: the thread is at its end
-            thread.join(0.005)  # nearly always enough: a loop that is about to close waits no longer
+            thread.join(0 if exponent else 0.005)  # nearly always enough, also for a loop that is closing
             if not thread.is_alive() or loop.is_closed():
                 break
             await asyncio.sleep(0.0005 * 2**exponent)
