@@ -2016,6 +2016,15 @@ def test_a_status_that_could_not_be_set_is_sent_by_the_next_save(face):
     assert [body for _, _, body in arrived(server)] == [{"status": "failed", "result": "No"}] * 2
 
 
+def test_what_has_no_form_in_json_is_refused_before_any_request():
+    with RawServer(play) as server:
+        task = make_task(server.config)
+        task.extra["share"] = float("nan")
+        with pytest.raises(ValueError, match="JSON"):
+            task.save()
+        assert server.connections == 0
+
+
 def test_a_result_that_is_empty_text_is_sent_and_one_that_is_not_given_is_not():
     with RawServer(play) as server:
         make_task(server.config, result="old").set_status("completed", "")
