@@ -136,6 +136,11 @@ def _mask(value: Any, depth: int = 100) -> Any:
     return value
 
 
+def _repr(of: Any, values: Mapping[str, Any]) -> str:
+    shown = [f"{name}={_mask(value)!r}" for name, value in values.items()]
+    return f"{type(of).__name__}({', '.join(shown)})"
+
+
 # ---- Enums -------------------------------------------------------------------------------------------------
 
 
@@ -279,8 +284,7 @@ class _Record:
         return {**out, **self.extra}
 
     def __repr__(self) -> str:
-        shown = [f"{name}={_mask(getattr(self, name))!r}" for name in self._plan()[0]]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return _repr(self, {name: getattr(self, name) for name in self._plan()[0]})
 
 
 @dataclass(repr=False)
@@ -1051,6 +1055,11 @@ class _Request(urllib.request.Request):
         self.place = self.host  # the URL's own: `host` is where to connect, the proxy's once there is one
 
     @property
+    def route(self) -> Tuple[str, str, str]:
+        """What must be equal for a connection to serve two requests."""
+        return self.type, self.host, self.place
+
+    @property
     def proxied(self) -> bool:
         return self.host != self.place
 
@@ -1141,7 +1150,6 @@ class _Connection(http.client.HTTPConnection):
         self.default_port = 443 if context else 80
         super().__init__(request.host, timeout=request.timeout)
         self.opened_by, self.context, self.process = request, context, os.getpid()
-        self.route = request.type, request.host, request.place  # equal for all requests that it serves
         self.judged = request.guarded and not request.proxied and self.host.lower().rstrip(".") not in trusted
 
     def connect(self) -> None:
@@ -1247,7 +1255,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     def _kept(self, request: _Request) -> Optional[_Connection]:
         """An idle connection that serves the request; those that cannot be used any more are closed."""
         for connection in self.idle[::-1]:
-            if request.keep and connection.route == (request.type, request.host, request.place):
+            if request.keep and connection.opened_by.route == request.route:
                 with contextlib.suppress(ValueError):  # another thread was faster
                     self.idle.remove(connection)
                     if connection.is_usable():
@@ -1482,8 +1490,7 @@ class ServerSentEvent(NamedTuple):
     retry: Optional[int]
 
     def __repr__(self) -> str:
-        shown = [f"{name}={_mask(value)!r}" for name, value in self._asdict().items()]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return _repr(self, self._asdict())
 
 
 def iter_sse(chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
@@ -1698,11 +1705,11 @@ class _Stream:
                 batch: List[TaskUpdateEvent] = []
                 for event in filter(None, map(self._fresh, self.parser.feed(chunk))):
                     batch.append(event)
-                    spoke = time.monotonic()
                     if isinstance(event.data, Task):  # each has a copy of the input, which may be large
                         yield batch
-                        batch = []
+                        batch, spoke = [], time.monotonic()
                 yield batch
+                spoke = time.monotonic() if batch else spoke  # the consumer's own time is no silence
                 if self.finished or time.monotonic() - spoke > self.patience:
                     return  # the second: nothing but comments
         except (OSError, http.client.HTTPException):
