@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import email.utils
 import functools
 import http.client
@@ -44,9 +45,14 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from enum import Enum
 from typing import (
-    Any, AsyncGenerator, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Set, Tuple, Type, TypeVar, Union, cast,
+    TYPE_CHECKING, Any, AsyncGenerator, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator, List,
+    Mapping, NamedTuple, Optional, Set, Tuple, Type, TypeVar, Union, cast,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec  # before Python 3.10 typing has none
+
+    _P = ParamSpec("_P")
 
 __version__ = "1.0.0"
 
@@ -484,8 +490,7 @@ class Configuration:
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("api_key must be printable ASCII: look for stray characters around it")
         staging = "stg." if os.environ.get("IS_STG", "").strip().lower() == "true" else ""
-        root = _setting(base_url, "XPANDER_BASE_URL") or f"https://inbound.{staging}xpander.ai"
-        root = root.partition("?")[0]
+        root = (_setting(base_url, "XPANDER_BASE_URL") or f"https://inbound.{staging}xpander.ai").partition("?")[0]
         root = root if "://" in root else f"https://{root}"
         hosts = [trusted_file_hosts] if isinstance(trusted_file_hosts, str) else trusted_file_hosts
         self.__dict__.update(  # frozen: setting an attribute would raise
@@ -527,8 +532,7 @@ class Configuration:
 
     def _events_url(self, task: Task) -> str:
         """The route of a task's events: another host for the cloud, another port for local work."""
-        parts = urllib.parse.urlsplit(self.base_url)
-        base = self.base_url
+        parts, base = urllib.parse.urlsplit(self.base_url), self.base_url
         if parts.hostname in ("inbound.xpander.ai", "inbound.stg.xpander.ai"):
             base = "https://" + parts.hostname.replace("inbound", "agent-controller", 1)
         elif parts.port == 8085 and parts.hostname in ("localhost", "127.0.0.1", "::1"):
@@ -570,17 +574,25 @@ def _given(values: Mapping[str, Any]) -> Dict[str, Any]:
 _REQUIRED = ("id", "agent_id", "organization_id", "input", "created_at")
 
 
-async def _in_thread(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
-    """All that the async twins do. One that is cancelled hangs up, so that its thread ends, too."""
-    import asyncio  # 60 ms of import that sync programs never need
+def _twin(method: Callable[_P, _T]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    """The async twin of a method. One that is cancelled hangs up, so that its thread ends, too."""
+    function: Any = getattr(method, "__func__", method)  # of a class method
 
-    line = _Line()
-    before = _twins_line.set(line)  # which the thread sees
-    try:
-        return await asyncio.to_thread(function, *arguments, **options)
-    finally:
-        _twins_line.reset(before)
-        line.hang_up()
+    @functools.wraps(function)
+    async def twin(*arguments: Any, **options: Any) -> _T:
+        import asyncio  # 60 ms of import that sync programs never need
+
+        line = _Line()
+        before = _twins_line.set(line)  # which the thread sees
+        try:
+            return await asyncio.to_thread(getattr(arguments[0], name), *arguments[1:], **options)
+        finally:
+            _twins_line.reset(before)
+            line.hang_up()
+
+    owner, _, name = function.__qualname__.rpartition(".")
+    twin.__name__, twin.__qualname__, twin.__doc__ = f"a{name}", f"{owner}.a{name}", f"`{name}`, async."
+    return twin
 
 
 @dataclass(repr=False)
@@ -605,9 +617,7 @@ class TasksListItem(_Record):
         """The whole task, with the configuration of the list."""
         return Task.load(self.id, self._configuration)
 
-    async def aload(self) -> Task:
-        """`load`, async."""
-        return await _in_thread(self.load)
+    aload = _twin(load)
 
 
 @dataclass(repr=False)
@@ -694,13 +704,8 @@ class Task(_Record):
         return cls._ask(configuration or _default_configuration(), {"task_id": task_id})
 
     @classmethod
-    async def aload(cls, task_id: str, configuration: Optional[Configuration] = None) -> Task:
-        """`load`, async."""
-        return await _in_thread(cls.load, task_id, configuration)
-
-    @classmethod
     def create(
-        cls, agent_id: str, prompt: str = "", file_urls: Optional[List[str]] = None, *,
+        cls, /, agent_id: str, prompt: str = "", file_urls: Optional[List[str]] = None, *,
         configuration: Optional[Configuration] = None, **options: Any,
     ) -> Task:
         """A new task for an agent. Route: POST /agent-execution/{agent_id}, sent once.
@@ -723,17 +728,8 @@ class Task(_Record):
         )
 
     @classmethod
-    async def acreate(
-        cls, agent_id: str, prompt: str = "", file_urls: Optional[List[str]] = None, *,
-        configuration: Optional[Configuration] = None, **options: Any,
-    ) -> Task:
-        """`create`, async."""
-        options["configuration"] = configuration
-        return await _in_thread(cls.create, agent_id, prompt, file_urls, **options)
-
-    @classmethod
     def list(
-        cls, agent_id: str, *, configuration: Optional[Configuration] = None, **filters: Any
+        cls, /, agent_id: str, *, configuration: Optional[Configuration] = None, **filters: Any
     ) -> List[TasksListItem]:
         """An agent's tasks. Route: GET /agent-execution/executions/history/{agent_id}.
 
@@ -750,13 +746,6 @@ class Task(_Record):
             item._configuration = configuration
         return items
 
-    @classmethod
-    async def alist(
-        cls, agent_id: str, *, configuration: Optional[Configuration] = None, **filters: Any
-    ) -> List[TasksListItem]:
-        """`list`, async."""
-        return await _in_thread(cls.list, agent_id, configuration=configuration, **filters)
-
     def save(self) -> Task:
         """Send the fields that differ from what the server last told, and take its answer.
 
@@ -764,10 +753,6 @@ class Task(_Record):
         all for the next. Nothing to send: it reloads. Route: PATCH /agent-execution/{task_id}/update.
         """
         return self._save({})
-
-    async def asave(self) -> Task:
-        """`save`, async."""
-        return await _in_thread(self.save)
 
     def set_status(self, status: Union[AgentExecutionStatus, str], result: Optional[str] = None) -> Task:
         """Send the status, the result if given, and all other unsaved changes."""
@@ -777,29 +762,15 @@ class Task(_Record):
         self.__dict__.update(changes, status=AgentExecutionStatus(status))
         return self._save(changes)
 
-    async def aset_status(
-        self, status: Union[AgentExecutionStatus, str], result: Optional[str] = None
-    ) -> Task:
-        """`set_status`, async."""
-        return await _in_thread(self.set_status, status, result)
-
     def stop(self) -> Task:
         """Stop it; other unsaved changes than the status stay. Route: DELETE /agent-execution/{task_id}."""
         told = self._told
         before = {**json.loads(told), "status": _plain(self.status)}
         return self._take(told, before, "DELETE", "/agent-execution/{task_id}")
 
-    async def astop(self) -> Task:
-        """`stop`, async."""
-        return await _in_thread(self.stop)
-
     def reload(self) -> Task:
         """The server's state, into this object. Unsaved changes are dropped."""
         return self._take(self._told)
-
-    async def areload(self) -> Task:
-        """`reload`, async."""
-        return await _in_thread(self.reload)
 
     def wait_finished(self, timeout: Optional[float] = None) -> Task:
         """Reload to the task's end, in pauses growing from 0.5 to 5 s.
@@ -843,23 +814,15 @@ class Task(_Record):
             raise answer.unexpected("an activity log")
         return AgentActivityThread.from_dict(answer.value)
 
-    async def aget_activity_log(self) -> AgentActivityThread:
-        """`get_activity_log`, async."""
-        return await _in_thread(self.get_activity_log)
-
     def get_files(self) -> List[Any]:
         """The PDFs: `agno.media.File` with their bytes where agno is installed, else URLs."""
-        urls = self._files((".pdf",))
+        urls = self._files([".pdf"])
         try:
             from agno.media import File  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
             return urls
         make = functools.partial(_agno_pdf, self.configuration, File)
         return [file for file in map(make, urls, _fetch_files(self.configuration, urls)) if file is not None]
-
-    async def aget_files(self) -> List[Any]:
-        """`get_files`, async."""
-        return await _in_thread(self.get_files)
 
     def get_images(self) -> List[Any]:
         """The images: `agno.media.Image` with their URL where agno is installed, else URLs."""
@@ -870,10 +833,6 @@ class Task(_Record):
             return urls
         # agno would fetch what we hand it, so the same rules hold
         return [Image(url=url) for url in urls if _may_fetch(self.configuration, url)]
-
-    async def aget_images(self) -> List[Any]:
-        """`get_images`, async."""
-        return await _in_thread(self.get_images)
 
     def get_human_readable_files(self) -> List[Dict[str, str]]:
         """`{"url", "content"}` of each readable file, in order; 8 fetched at a time.
@@ -887,10 +846,6 @@ class Task(_Record):
         contents = map(_text_of, _fetch_files(self.configuration, urls))
         return [{"url": url, "content": content} for url, content in zip(urls, contents)]
 
-    async def aget_human_readable_files(self) -> List[Dict[str, str]]:
-        """`get_human_readable_files`, async."""
-        return await _in_thread(self.get_human_readable_files)
-
     def to_message(self) -> str:
         """The input as one text for a model: the text, the URLs, the readable files' contents."""
         urls, readable = self._files(), self.get_human_readable_files()
@@ -898,11 +853,21 @@ class Task(_Record):
         lines += ["Files contents:", *map(json.dumps, readable)] if readable else []
         return "\n".join(filter(None, lines))
 
-    async def ato_message(self) -> str:
-        """`to_message`, async."""
-        return await _in_thread(self.to_message)
+    # The async twins; `aevents` and `await_finished` are beside theirs.
+    aload = classmethod(_twin(load))
+    acreate = classmethod(_twin(create))
+    alist = classmethod(_twin(list))
+    asave = _twin(save)
+    aset_status = _twin(set_status)
+    astop = _twin(stop)
+    areload = _twin(reload)
+    aget_activity_log = _twin(get_activity_log)
+    aget_files = _twin(get_files)
+    aget_images = _twin(get_images)
+    aget_human_readable_files = _twin(get_human_readable_files)
+    ato_message = _twin(to_message)
 
-    def _files(self, kind: Optional[Tuple[str, ...]] = None) -> List[str]:
+    def _files(self, kind: Optional[List[str]] = None) -> List[str]:
         """The URLs of the input, or those whose path ends in an extension of that kind."""
         files = getattr(self.input, "files", None)
         urls = [url for url in files if isinstance(url, str)] if isinstance(files, list) else []
@@ -924,15 +889,16 @@ class Task(_Record):
         if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
             raise ValueError("internal_status has more than the 255 characters the platform takes")
         with self._one_at_a_time():
-            told, before = self._snapshot()
+            told, before = self._told, self.to_dict()
+            while told is not self._told:  # until both are of one moment
+                told, before = self._told, self.to_dict()
             known = {name: value for name, value in json.loads(told).items() if name not in always}
             if always:  # by the next save too, if this one fails
                 told = self._told = json.dumps(known)
             changed = _changed(known, before)
             changes = {**{name: before[name] for name in before if name in changed}, **always}
-            if not changes:
-                return self._take(told, before)
-            return self._take(told, before, "PATCH", "/agent-execution/{task_id}/update", body=changes)
+            update = ("PATCH", "/agent-execution/{task_id}/update") if changes else ()
+            return self._take(told, before, *update, body=changes or None)
 
     def _one_at_a_time(self) -> Any:
         """A lock, because two saves on their way may arrive in any order; a fork may copy it locked."""
@@ -940,13 +906,6 @@ class Task(_Record):
 
     def __getstate__(self) -> Dict[str, Any]:
         return {name: value for name, value in self.__dict__.copy().items() if not name.startswith("_lock")}
-
-    def _snapshot(self) -> Tuple[Union[str, bytes], Dict[str, Any]]:
-        """What the server last told, and what is here now, of the same moment."""
-        while True:
-            told, now = self._told, self.to_dict()
-            if told is self._told:
-                return told, now
 
     def _take(
         self, told: Union[str, bytes], before: Optional[Dict[str, Any]] = None, *request: str, **options: Any
@@ -960,19 +919,20 @@ class Task(_Record):
         overtaken = self._told is not told  # by the answer to another call, which may be the newer one
         if overtaken:
             newer = self._ask(self.configuration, ids)
-        state = self.__dict__.copy()
+        now = copy.copy(self)
         if before is not None:
-            told, now = self._snapshot()
-            changed = _changed(before, now)
+            values = now.to_dict()
+            changed = _changed(before, values)
             if overtaken:  # what is as the server told it is no change of the user's
-                changed &= _changed(json.loads(told), now)
+                changed &= _changed(json.loads(now._told), values)
             for name in changed:
                 is_field = name in self._plan()[0]
-                ours, its = (self.__dict__, newer.__dict__) if is_field else (self.extra, newer.extra)
+                ours, its = (now.__dict__, newer.__dict__) if is_field else (now.extra, newer.extra)
                 if name in ours:  # else it was taken out of `extra`
                     its[name] = ours[name]
         newer._configuration = self._configuration
-        late = {name: value for name, value in self.__dict__.copy().items() if value is not state.get(name)}
+        here, then = self.__dict__.copy(), now.__dict__
+        late = {name: value for name, value in here.items() if value is not then.get(name)}
         self.__dict__.update({**newer.__dict__, **late})  # at once, for whoever reads meanwhile
         return self
 
@@ -1053,11 +1013,6 @@ class _Request(urllib.request.Request):
         super().__init__(url, None, dict(headers), method=method)
         self.line, self.given = line, headers  # those of ours: urllib adds its own, and a proxy's password
         self.place = self.host  # the URL's own: `host` is where to connect, the proxy's once there is one
-
-    @property
-    def route(self) -> Tuple[str, str, str]:
-        """What must be equal for a connection to serve two requests."""
-        return self.type, self.host, self.place
 
     @property
     def proxied(self) -> bool:
@@ -1150,6 +1105,7 @@ class _Connection(http.client.HTTPConnection):
         self.default_port = 443 if context else 80
         super().__init__(request.host, timeout=request.timeout)
         self.opened_by, self.context, self.process = request, context, os.getpid()
+        self.route = request.type, request.host, request.place
         self.judged = request.guarded and not request.proxied and self.host.lower().rstrip(".") not in trusted
 
     def connect(self) -> None:
@@ -1254,8 +1210,8 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
     def _kept(self, request: _Request) -> Optional[_Connection]:
         """An idle connection that serves the request; those that cannot be used any more are closed."""
-        for connection in self.idle[::-1]:
-            if request.keep and connection.opened_by.route == request.route:
+        for connection in self.idle[::-1] if request.keep else ():
+            if connection.route == (request.type, request.host, request.place):
                 with contextlib.suppress(ValueError):  # another thread was faster
                     self.idle.remove(connection)
                     if connection.is_usable():
@@ -1750,14 +1706,14 @@ class _Stream:
         envelope = {"type": "task_finished", **ids, "time": ended, "data": data}
         return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
 
-    def relay(self, loop: Any, bell: _Bell, queue: Any, room: threading.Semaphore) -> None:
+    def relay(self, loop: Any, put: Callable[[Any], None], room: threading.Semaphore) -> None:
         """Put the batches into an event loop's queue, from a thread; None or an error is the last word."""
         last: Optional[BaseException] = None
         try:
             with contextlib.closing(self.batches()) as batches:
                 for batch in batches:
                     if batch:
-                        bell.put(loop, queue, batch)
+                        put(batch)
                         while not room.acquire(timeout=1.0) and not loop.is_closed():
                             pass
                     if loop.is_closed() or self.line.hung_up.is_set():
@@ -1765,32 +1721,34 @@ class _Stream:
         except BaseException as error:  # raised again where the consumer is
             last = error
         with contextlib.suppress(RuntimeError):  # the loop was closed under the stream
-            bell.put(loop, queue, last)
+            put(last)
         last = None  # its traceback holds this frame
 
 
-class _Bell:
-    """Wakes a loop once for what several threads have: one by one costs 200 streams a tenth more CPU."""
+def _bell(loop: Any) -> Callable[[Any, Any], None]:
+    """Puts items into queues of a loop, from any thread, and wakes the loop once for what several have.
 
-    def __init__(self) -> None:
-        self.waiting: Deque[Tuple[Any, Any]] = deque()
-        self.rung = False
+    To wake it for one by one costs 200 streams a tenth more CPU.
+    """
+    waiting: Deque[Tuple[Any, Any]] = deque()
+    rung = threading.Lock()
 
-    def put(self, loop: Any, queue: Any, item: Any) -> None:
-        self.waiting.append((queue, item))
-        if not self.rung:
-            self.rung = True
-            loop.call_soon_threadsafe(self.deliver)
-
-    def deliver(self) -> None:
-        self.rung = False  # first: who saw it True before knows that his item is delivered now
-        while self.waiting:
-            queue, item = self.waiting.popleft()
+    def deliver() -> None:
+        rung.release()  # first: who found it held before knows that his item is delivered now
+        while waiting:
+            queue, item = waiting.popleft()
             queue.put_nowait(item)
 
+    def put(queue: Any, item: Any) -> None:
+        waiting.append((queue, item))
+        if rung.acquire(blocking=False):
+            loop.call_soon_threadsafe(deliver)
 
-# By loop, as long as it has streams: what is waiting refers to the loop, which would never go
-_bells: weakref.WeakValueDictionary[Any, _Bell] = weakref.WeakValueDictionary()
+    return put
+
+
+# By loop, as long as it has streams: each refers to its loop, which would never go
+_bells: weakref.WeakValueDictionary[Any, Callable[[Any, Any], None]] = weakref.WeakValueDictionary()
 
 
 def _events(stream: _Stream) -> Generator[TaskUpdateEvent, None, None]:
@@ -1803,8 +1761,8 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
 
     queue: asyncio.Queue[Any] = asyncio.Queue()
     loop, room = asyncio.get_running_loop(), threading.Semaphore(_RELAY_BATCHES)
-    bell = _bells.setdefault(loop, _Bell())
-    thread = threading.Thread(target=stream.relay, args=(loop, bell, queue, room), daemon=True)
+    put = functools.partial(_bells.setdefault(loop, _bell(loop)), queue)
+    thread = threading.Thread(target=stream.relay, args=(loop, put, room), daemon=True)
     thread.start()
     try:
         while batch := await queue.get():
@@ -1825,11 +1783,9 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
 
 # ---- Files: URLs that come from strangers ------------------------------------------------------------------
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp", ".svg")
-_READABLE = (
-    ".txt", ".csv", ".json", ".xml", ".html", ".htm", ".md", ".rst", ".yaml", ".yml", ".py", ".js",
-    ".ts", ".java", ".c", ".cpp", ".h", ".cs", ".go", ".rb", ".php", ".sh",
-)
+_IMAGES = ".jpg .jpeg .png .gif .bmp .tiff .webp .svg".split()
+_READABLE = ".txt .csv .json .xml .html .htm .md .rst .yaml .yml".split() + \
+    ".py .js .ts .java .c .cpp .h .cs .go .rb .php .sh".split()
 # the text encodings among Python's codecs, which has others: zip, rot13, unicode_escape
 _CHARSET = re.compile(
     r"(?i)utf.*|u8|(us-)?ascii|(iso[-_]?)?8859.*|iso-ir.*|latin[-_]?\d|windows.*|cp\d+|koi8.*"
@@ -1862,12 +1818,9 @@ def _judge_host(url: str, trusted: Iterable[str], flags: int = 0) -> None:
     """Refuse a URL whose host is not trusted and has an address that is not public."""
     host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
     local = f".{host}".endswith(".localhost")  # RFC 6761, section 6.3
-    try:
-        found = socket.getaddrinfo("127.0.0.1" if local else host, None, flags=flags)
-    except OSError:
-        return  # no address to refuse
     if host not in trusted:
-        _judge_addresses(host, found)
+        with contextlib.suppress(socket.gaierror):  # no address to refuse
+            _judge_addresses(host, socket.getaddrinfo("127.0.0.1" if local else host, None, flags=flags))
 
 
 def _may_fetch(configuration: Configuration, url: str) -> bool:
