@@ -204,15 +204,19 @@ class AgentActivityThreadReasoningType(_OpenEnum):
 _R = TypeVar("_R", bound="_Record")
 _T = TypeVar("_T")
 _Time = Union[datetime, str, None]
+_Text = Union[str, bytes]  # of JSON
+
+
+_OLD_TIMES = sys.version_info < (3, 11)
 
 
 def _time(value: Any) -> Any:
     """An aware datetime (no zone means UTC); what does not parse stays as it came."""
     if not isinstance(value, str) or not value.isascii():
         return value
-    spelled = value[:-1] + "+00:00" if value[-1:] in "Zz" else value
-    if sys.version_info < (3, 11):  # where a fraction has 3 or 6 digits, elsewhere any number
-        spelled = re.sub(r"\.\d+", lambda fraction: f"{fraction[0]:0<7}"[:7], spelled)
+    spelled = value.upper()  # which knows no "z"
+    if _OLD_TIMES:  # a fraction of 3 or 6 digits alone, and no "Z"
+        spelled = re.sub(r"\.\d+", lambda fraction: f"{fraction[0]:0<7}"[:7], spelled.replace("Z", "+00:00"))
     try:
         moment = datetime.fromisoformat(spelled)
     except ValueError:
@@ -247,7 +251,7 @@ class _Record:
 
     extra: Dict[str, Any]
     _wire: Mapping[str, Any] = {}  # the object as it came: which keys, and how times were spelled
-    _told: Union[str, bytes] = "{}"  # of a task: what the server last told, as text: few tasks are saved
+    _told: _Text = "{}"  # of a task: what the server last told, as text: few tasks are saved
     _configuration: Optional[Configuration] = None  # which it was loaded with, if it can load more
 
     @classmethod
@@ -263,12 +267,9 @@ class _Record:
         """The record of a JSON object. Nothing is refused and nothing is lost."""
         defaults, loads = cls._plan()
         self = cls.__new__(cls)
-        state, extra = self.__dict__, {}
-        state.update(defaults)
-        state.update(data)
-        for name in data:
-            if name not in defaults:
-                extra[name] = state.pop(name)
+        self.__dict__ = state = {**defaults, **data}
+        more = len(state) > len(defaults)  # names than ours
+        extra = {name: state.pop(name) for name in data if name not in defaults} if more else {}
         state["extra"], state["_wire"] = extra, data
         for name, kind, load in loads:
             value = state[name]
@@ -672,7 +673,7 @@ class Task(_Record):
         return cls._of(json.loads(told), told, configuration)  # shares nothing with `data`
 
     @classmethod
-    def _of(cls, data: Mapping[str, Any], told: Union[str, bytes], configuration: Any) -> Task:
+    def _of(cls, data: Mapping[str, Any], told: _Text, configuration: Any) -> Task:
         task = super().from_dict(data)
         task._told, task._configuration = told, configuration
         return task
@@ -907,9 +908,7 @@ class Task(_Record):
     def __getstate__(self) -> Dict[str, Any]:
         return {name: value for name, value in self.__dict__.copy().items() if not name.startswith("_lock")}
 
-    def _take(
-        self, told: Union[str, bytes], before: Optional[Dict[str, Any]] = None, *request: str, **options: Any
-    ) -> Task:
+    def _take(self, told: _Text, before: Any = None, *request: str, **options: Any) -> Task:
         """Become the task that is answered, but for what was changed since `before`, if that is given.
 
         `told` is what the server had told then; `request` is a method and a route, else the status's.
@@ -1463,8 +1462,7 @@ class _Parser:
     def __init__(self, last_id: str = "", retry: Optional[int] = None) -> None:
         self.last_id, self.retry = last_id, retry
         self._bom = b"\xef\xbb\xbf"  # which only the first event may start with
-        self._pending = bytearray()  # of an event that is not whole: linear in time at any chunk size
-        self._size = 0
+        self._pending, self._size = bytearray(), 0  # of an event that is not whole: linear in any chunks
         self._ended_cr = False  # an LF that follows belongs to it
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
