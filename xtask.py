@@ -219,7 +219,7 @@ def _time(value: Any) -> Any:
         spelled = re.sub(r"\.\d+", lambda fraction: f"{fraction[0]:0<7}"[:7], spelled.replace("Z", "+00:00"))
     try:
         moment = datetime.fromisoformat(spelled)
-    except ValueError:
+    except (ValueError, IndexError):  # the second: PyPy, for less than a date
         return value
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
@@ -722,11 +722,10 @@ class Task(_Record):
         version = "" if asked_version is None else str(asked_version)
         if not (version.isascii() and version.isprintable()):
             raise ValueError("agent_version must be printable ASCII")
-        return cls._ask(
-            configuration or _default_configuration(), {"agent_id": agent_id},
-            "POST", "/agent-execution/{agent_id}", body=_given({"input": _given(asked), **options}),
-            headers={"x-agent-version": version} if version else {},
-        )
+        configuration, ids = configuration or _default_configuration(), {"agent_id": agent_id}
+        body = _given({"input": _given(asked), **options})
+        headers = {"x-agent-version": version} if version else {}
+        return cls._ask(configuration, ids, "POST", "/agent-execution/{agent_id}", body=body, headers=headers)
 
     @classmethod
     def list(
@@ -1559,8 +1558,7 @@ class TaskUpdateEvent(_Record):
 
     @classmethod
     def from_dict(
-        cls, data: Mapping[str, Any], required: Mapping[str, Any] = {},
-        configuration: Optional[Configuration] = None,
+        cls, data: Mapping[str, Any], required: Mapping[str, Any] = {}, configuration: Any = None
     ) -> TaskUpdateEvent:
         """The event of an envelope; `required` fills in what trimmed tasks leave out."""
         kind, body = data["type"], data.get("data")
@@ -1807,8 +1805,7 @@ def _judge_addresses(host: str, found: Iterable[Tuple[Any, ...]]) -> None:
         if isinstance(ip, ipaddress.IPv6Address):  # the IPv4 one in it: RFC 4291 2.5.5.2, 3056 2, 6052 2.1
             nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
             ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(ip.packed[12:]) if nat64 else ip)
-        never = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
-        if never or not ip.is_global:
+        if ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False) or not ip.is_global:
             raise _Refused(f"the address of {host} is not public; see Configuration.trusted_file_hosts")
 
 
