@@ -1930,8 +1930,8 @@ def _local_agent(task: Dict[str, Any]) -> _Play:
     """The built-in agent: thinks, calls a tool and answers in chunks, in about a second."""
     about = str(task["input"]["text"])[:60]
     thought = {"input": {"title": "Plan", "thought": "one search will do"}}
-    call = {"request_id": "r2", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
     yield "think", {"request_id": "r1", "operation_id": "think", "payload": thought}
+    call = {"request_id": "r2", "operation_id": "find", "tool_name": "search", "payload": {"query": about}}
     yield "tool_call_request", call
     yield "tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}
     answer = f"A played answer to: {about}\nIt found three hits, and nothing left this machine."
@@ -1941,16 +1941,25 @@ def _local_agent(task: Dict[str, Any]) -> _Play:
     return answer
 
 
-class _LocalRun:
-    """One run of a task: its events, its log, and its agent's play."""
+def _local_time() -> str:
+    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
 
-    def __init__(self, task: Dict[str, Any], log: Dict[str, Any], lock: Any) -> None:
-        self.task, self.log, self.over = task, log, False
+
+class _LocalTask(Dict[str, Any]):
+    """A task as JSON, and beside it its activity log, its events and the state of its run."""
+
+    def __init__(self, agent_id: str, given: Dict[str, Any], lock: Any) -> None:
+        import uuid
+
+        now, asked = _local_time(), {"text": None, "files": None, "user": None, **(given.get("input") or {})}
+        super().__init__({"id": str(uuid.uuid4()), "result": None, **given, "input": asked})
+        self.update(agent_id=agent_id, organization_id="local-org", status="pending", created_at=now)
+        self.update(updated_at=now, parent_execution=self.pop("parent_execution_id", None))
+        # what a list tells of it, and is asked for
+        self.update(parent_task_id=self["parent_execution"], user_id=(asked["user"] or {}).get("id"))
+        self.log = {"id": self["id"], "created_at": now, "messages": [], "user": asked["user"]}
         self.events: List[bytes] = []  # as they go over the wire
-        self.changed = threading.Condition(lock)  # one a run, so that an event wakes its own readers only
-        self.emit("connected", {})
-        said = {name: task["input"][name] for name in ("text", "files")}
-        self.emit("task_created", task, {"role": "user", "content": said})
+        self.over, self.changed = False, threading.Condition(lock)  # its own, to wake its own readers only
 
     def emit(self, kind: str, data: Any, entry: Optional[Dict[str, Any]] = None) -> bool:
         """Add an event and its entry in the log; or nothing, and return False, when the run is over."""
@@ -1960,32 +1969,32 @@ class _LocalRun:
             entry = _within(data)
         with self.changed:
             if not self.over:
-                now, ids = _local_time(), {"task_id": self.task["id"], "organization_id": "local-org"}
+                now, ids = _local_time(), {"task_id": self["id"], "organization_id": "local-org"}
                 text = json.dumps({"type": kind, **ids, "time": now, "data": data})
                 self.events.append(f"id: {len(self.events) + 1}\ndata: {text}\n\n".encode())
                 if entry:
-                    messages = self.log["messages"]
-                    messages.append({**entry, "id": f"a{len(messages) + 1}", "created_at": now})
+                    number = len(self.log["messages"]) + 1
+                    self.log["messages"].append({**entry, "id": f"a{number}", "created_at": now})
                 self.changed.notify_all()
             return not self.over
 
-    def change(self, changes: Dict[str, Any], late: bool = False) -> Dict[str, Any]:
-        """Change the task, once the run is over only if `late`. The first final status ends the run."""
+    def change(self, changes: Dict[str, Any], late: bool = False) -> _LocalTask:
+        """Change the task, once its run is over only if `late`. The first final status ends the run."""
         with self.changed:
             if late or not self.over:
-                self.task.update(changes, updated_at=_local_time())
-            if not self.over and AgentExecutionStatus(str(self.task["status"])).is_final:
-                self.task["finished_at"] = self.task["updated_at"]
-                said = {"role": "agent", "content": {"text": self.task["result"], "files": None}}
-                self.emit("task_finished", self.task, said if self.task["status"] == "completed" else None)
+                self.update(changes, updated_at=_local_time())
+            if not self.over and AgentExecutionStatus(str(self["status"])).is_final:
+                self["finished_at"] = self["updated_at"]
+                said = {"role": "agent", "content": {"text": self["result"], "files": None}}
+                self.emit("task_finished", self, said if self["status"] == "completed" else None)
                 self.over = True
-            return self.task
+            return self
 
     def play(self, agent: Callable[[Dict[str, Any]], _Play]) -> None:
         """Run the agent to its end, or to its first event after the end of the run."""
         self.emit("task_updated", self.change({"status": "executing", "started_at": _local_time()}))
         try:
-            events = agent(self.task)
+            events = agent(self)
             try:
                 while self.emit(*next(events)):
                     pass
@@ -2007,10 +2016,6 @@ class _LocalRun:
             seen += len(fresh)
 
 
-def _local_time() -> str:
-    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
-
-
 class LocalPlatform:
     """The platform on a free port of 127.0.0.1, in this process: for trying things out and for tests.
 
@@ -2021,10 +2026,9 @@ class LocalPlatform:
     """
 
     def __init__(self, agent: Optional[Callable[[Dict[str, Any]], _Play]] = None) -> None:
-        self.tasks: Dict[str, Dict[str, Any]] = {}
+        self.tasks: Dict[str, _LocalTask] = {}
         self.requests: List[Tuple[str, str, Dict[str, str], Any]] = []
         self._agent, self._lock = agent or _local_agent, threading.RLock()
-        self._runs: Dict[str, _LocalRun] = {}
         self._served: weakref.WeakKeyDictionary[threading.Thread, Any] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> LocalPlatform:
@@ -2033,7 +2037,6 @@ class LocalPlatform:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-            wbufsize, timeout = -1, 30  # one packet for head and body; seconds for a client that stands still
             do_GET = do_POST = do_PATCH = do_DELETE = lambda handler: self._serve(handler)  # of the platform
 
             def log_message(self, *_: Any) -> None:
@@ -2059,13 +2062,13 @@ class LocalPlatform:
         self._server.shutdown()
         self._server.server_close()
         with self._lock:
-            for run in self._runs.values():
-                run.change({"status": "stopped"})
-            served, ends = list(self._served.items()), time.monotonic() + 0.5
+            for task in self.tasks.values():
+                task.change({"status": "stopped"})
+            served = list(self._served.items())
         for thread, connection in served:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)  # or a kept one would go on to be served
-            thread.join(max(0.0, ends - time.monotonic()))  # not for ever: its client may not read
+            thread.join(0.5)  # not for ever: its client may not read
         self.configuration.close()
 
     def _serve(self, handler: Any) -> None:
@@ -2075,9 +2078,9 @@ class LocalPlatform:
         with self._lock:
             self._served[threading.current_thread()] = handler.connection
             try:
-                body = json.loads(text) if text else None
+                body = json.loads(text or "null")
                 self.requests.append((handler.command, handler.path, headers, body))
-                status, answer = self._answer(f"{handler.command} {handler.path}", headers, body or {})
+                status, answer = self._answer(f"{handler.command} {handler.path}", headers, body)
             except KeyError:
                 status, answer = 404, {"detail": "Task not found"}
             except (ValueError, TypeError, AttributeError) as error:
@@ -2089,11 +2092,9 @@ class LocalPlatform:
         # the end of its connection tells where a stream ends
         handler.send_header(*("Connection", "close") if streamed else ("Content-Length", str(len(pieces[0]))))
         handler.end_headers()
-        for piece in pieces:
-            handler.wfile.write(piece)
-            handler.wfile.flush()
+        handler.wfile.writelines(pieces)  # each as it comes
 
-    def _answer(self, request: str, headers: Dict[str, str], body: Dict[str, Any]) -> Tuple[int, Any]:
+    def _answer(self, request: str, headers: Dict[str, str], body: Any) -> Tuple[int, Any]:
         if headers.get("x-api-key") != "local-key":
             return 401, {"detail": "Invalid API key"}
         place, _, query = request.partition("?")
@@ -2103,40 +2104,31 @@ class LocalPlatform:
             "POST /agent-execution/([^/]+)": lambda name: self._create(name, body),
             "GET /agent-execution/executions/history/([^/]+)": lambda name: self._list(name, query),
             "GET /agent-execution/([^/]+)/status": lambda name: self.tasks[name],
-            "PATCH /agent-execution/([^/]+)/update": lambda name: self._runs[name].change(body, late=True),
-            "DELETE /agent-execution/([^/]+)": lambda name: self._runs[name].change(stopped),
-            "GET /activity/[^/]+/([^/]+)": lambda name: self._runs[name].log,
-            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self._runs[name].stream(seen),
+            "PATCH /agent-execution/([^/]+)/update": lambda name: self.tasks[name].change(body, late=True),
+            "DELETE /agent-execution/([^/]+)": lambda name: self.tasks[name].change(stopped),
+            "GET /activity/[^/]+/([^/]+)": lambda name: self.tasks[name].log,
+            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self.tasks[name].stream(seen),
         }
         for pattern, answer in routes.items():
             if found := re.fullmatch(pattern, place):
                 return 200, answer(urllib.parse.unquote(found[1]))
         return 404, {"detail": "Not Found"}
 
-    def _create(self, agent_id: str, given: Dict[str, Any]) -> Dict[str, Any]:
-        import uuid
-
-        now, asked = _local_time(), {"text": None, "files": None, "user": None, **(given.get("input") or {})}
-        task: Dict[str, Any] = {"id": str(uuid.uuid4()), "result": None, **given, "input": asked}
-        task.update(agent_id=agent_id, organization_id="local-org", status="pending", created_at=now)
-        task.update(updated_at=now, parent_execution=task.pop("parent_execution_id", None))
-        log = {"id": task["id"], "created_at": now, "messages": [], "user": asked["user"]}
-        if earlier := self._runs.get(task["id"]):  # an id continues a task
-            earlier.change({"status": "stopped"})
-            log = earlier.log
-        run = self._runs[task["id"]] = _LocalRun(task, log, self._lock)
+    def _create(self, agent_id: str, given: Dict[str, Any]) -> _LocalTask:
+        task = _LocalTask(agent_id, given, self._lock)
+        if earlier := self.tasks.get(task["id"]):  # an id continues a task
+            task.log = earlier.change({"status": "stopped"}).log
         self.tasks[task["id"]] = task
-        threading.Thread(target=run.play, args=(self._agent,), daemon=True).start()
+        task.emit("connected", {})
+        said = {name: task["input"][name] for name in ("text", "files")}
+        task.emit("task_created", task, {"role": "user", "content": said})
+        threading.Thread(target=task.play, args=(self._agent,), daemon=True).start()
         return task
 
     def _list(self, agent_id: str, query: str) -> List[Dict[str, Any]]:
-        wanted, found = {"agent_id": agent_id, **dict(urllib.parse.parse_qsl(query))}, []
-        for task in self.tasks.values():
-            user_id = _within(task, "input", "user").get("id")
-            item = {**task, "parent_task_id": task.get("parent_execution"), "user_id": user_id}
-            if wanted.items() <= item.items():
-                found.append({name: item.get(name) for name in TasksListItem._plan()[0]})
-        return found
+        wanted = {"agent_id": agent_id, **dict(urllib.parse.parse_qsl(query))}
+        found = [task for task in self.tasks.values() if wanted.items() <= task.items()]
+        return [{name: task.get(name) for name in TasksListItem._plan()[0]} for task in found]
 
 
 # ---- Terminal ----------------------------------------------------------------------------------------------
