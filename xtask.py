@@ -2226,28 +2226,13 @@ def _tell(when: Any, kind: str, data: Any) -> str:
 class _Screen:
     """Standard output: JSON for programs; for people text, and on a terminal a live line below it."""
 
-    def __init__(self, as_json: bool, task: Optional[Task] = None) -> None:
-        self.as_json, self.task = as_json, task
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.live = not as_json and bool(sys.stdout) and sys.stdout.isatty()
+        self.task: Optional[Task] = None  # whose events are shown
         self.answer: List[str] = []  # its chunks
-        self.doing = "waiting" if task and task.events_streaming else "working"
-        self.live = bool(task and not as_json and sys.stdout and sys.stdout.isatty())
-        self.drawn, self.in_line = "", False
+        self.doing, self.drawn, self.in_line = "working", "", False
         self.lock, self.left = threading.Lock(), threading.Event()
-        self.ticker = threading.Thread(target=self.tick, daemon=True)
-
-    def __enter__(self) -> _Screen:
-        self.ticker.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.left.set()
-        self.ticker.join()
-        self.write("\n" * self.in_line)
-
-    def tick(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the output is closed: the main thread will see
-            while not self.left.wait(1):
-                self.write("")
 
     def write(self, text: str) -> None:
         """Text for people. The live line moves down, and is away while the text stands within a line."""
@@ -2284,25 +2269,34 @@ class _Screen:
             self.doing = _TIMELINE.get(told.type, ("", "working"))[1]
             self.write("\n" * self.in_line + _tell(told.time, told.type, told.raw.get("data")))
 
+    def follow(self, task: Task) -> None:
+        """Show a task's events to its end, which alone is shown of a task without a stream."""
+        self.task = task
+        threading.Thread(target=self.tick, daemon=True).start()
+        try:
+            self.write(f"{_clock(task.created_at)}  task       {_one_line(task.id)}\n")  # to watch it again
+            events = task.events() if task.events_streaming else ()
+            for event in events:
+                self.show(event)
+            # the last event may hold a trimmed task, and a server may tell the status a little later
+            task.wait_finished(10 if events else None)
+            if not events:
+                end = {"type": "task_finished", "task_id": task.id, "data": task.to_dict()}
+                self.show(TaskUpdateEvent.from_dict(end))
+        finally:
+            self.left.set()
+            self.write("\n" * self.in_line)
+        self.write(_tell(task.finished_at, str(task.status), "after " + _span(task, task.finished_at)))
+        result = "" if task.result is None else _text(task.result)
+        if result.strip() != "".join(self.answer).strip():  # not shown yet
+            self.write(f"\n{result}\n")
+        if task.status != "completed":
+            raise RuntimeError(f"the task ended as {task.status}")
 
-def _follow(task: Task, as_json: bool) -> None:
-    """Show a task's events to its end, which alone is shown of a task without a stream."""
-    with _Screen(as_json, task) as screen:
-        screen.write(f"{_clock(task.created_at)}  task       {_one_line(task.id)}\n")  # to watch it again
-        events = task.events() if task.events_streaming else ()
-        for event in events:
-            screen.show(event)
-        # the last event may hold a trimmed task, and a server may tell the status a little later
-        task.wait_finished(10 if events else None)
-        if not events:
-            end = {"type": "task_finished", "task_id": task.id, "data": task.to_dict()}
-            screen.show(TaskUpdateEvent.from_dict(end))
-    screen.write(_tell(task.finished_at, str(task.status), "after " + _span(task, task.finished_at)))
-    result = "" if task.result is None else _text(task.result)
-    if result.strip() != "".join(screen.answer).strip():  # not shown yet
-        screen.write(f"\n{result}\n")
-    if task.status != "completed":
-        raise RuntimeError(f"the task ended as {task.status}")
+    def tick(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the output is closed: the main thread will see
+            while not self.left.wait(1):
+                self.write("")
 
 
 def _obey(command: str, words: List[str], files: List[str], as_json: bool) -> None:
@@ -2311,39 +2305,33 @@ def _obey(command: str, words: List[str], files: List[str], as_json: bool) -> No
         with LocalPlatform() as platform:
             prompt, configuration = "What can this file do?", platform.configuration
             task = Task.create("demo-agent", prompt, configuration=configuration, events_streaming=True)
-            _follow(task, as_json)
+            screen.follow(task)
             if not as_json:
                 screen.write("\nActivity log\n")
                 screen.show(task.get_activity_log())
-    elif command == "list":
-        for item in Task.list(words[0]):
-            screen.show(item)
     elif command == "run":
-        _follow(Task.create(words[0], words[1], files, events_streaming=True), as_json)
+        screen.follow(Task.create(words[0], words[1], files, events_streaming=True))
     elif command == "watch":
-        _follow(Task.load(words[0]), as_json)
+        screen.follow(Task.load(words[0]))
     else:
-        task = Task.load(words[0])
-        if command == "stop":
-            task.stop()
-        screen.show(task.get_activity_log() if command == "log" else task)
+        found: List[Any] = Task.list(words[0]) if command == "list" else [Task.load(words[0])]
+        for told in found:
+            if command == "stop":
+                told.stop()
+            screen.show(told.get_activity_log() if command == "log" else told)
 
 
 def _command(argv: List[str]) -> None:
     import getopt
     import hashlib
+    import importlib.machinery
 
-    try:
-        found, words = getopt.gnu_getopt(argv, "h", ["help", "version", "json", "file="])
-    except getopt.GetoptError as error:
-        raise ValueError(f"{error}; see xtask --help") from None
+    found, words = getopt.gnu_getopt(argv, "h", ["help", "version", "json", "file="])
     options, files = [name for name, _ in found], [value for name, value in found if name == "--file"]
     if "--version" in options:
-        try:
-            with open(__file__, "rb") as file:
-                source = file.read()
-        except OSError:  # it is in a zip file
-            source = globals()["__loader__"].get_data(__file__)
+        # what loaded it knows where it is, in a zip file, too
+        loader = globals().get("__loader__") or importlib.machinery.SourceFileLoader("xtask", __file__)
+        source = loader.get_data(__file__)
         print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}", flush=True)
     elif "-h" in options or "--help" in options:
         print(_HELP, flush=True)
@@ -2355,6 +2343,8 @@ def _command(argv: List[str]) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The terminal program, with the process's own arguments unless others are given: its exit code."""
+    import getopt
+
     code = 0
     try:
         _command(sys.argv[1:] if argv is None else argv)
@@ -2362,9 +2352,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         code = 130
     except BrokenPipeError:
         pass  # the reader has all it wanted
-    except (ModuleException, ValueError, OSError, RuntimeError) as error:
+    except (ModuleException, getopt.GetoptError, ValueError, OSError, RuntimeError) as error:
         unset = isinstance(error, ModuleException) and not error.answered and error.status_code < 500
-        code = 2 if unset or isinstance(error, ValueError) else 1
+        code = 2 if unset or isinstance(error, (getopt.GetoptError, ValueError)) else 1
         with contextlib.suppress(OSError):  # nobody is there to read it
             if sys.stderr:
                 print("xtask:", _one_line(str(error) or repr(error)), file=sys.stderr, flush=True)
