@@ -2329,8 +2329,8 @@ def _command(argv: List[str]) -> None:
     found, words = getopt.gnu_getopt(argv, "h", ["help", "version", "json", "file="])
     options, files = [name for name, _ in found], [value for name, value in found if name == "--file"]
     if "--version" in options:
-        # what loaded it knows where it is, in a zip file, too
-        loader = globals().get("__loader__") or importlib.machinery.SourceFileLoader("xtask", __file__)
+        # what imported it reads it, also out of a zip file
+        loader: Any = __spec__.loader if __spec__ else importlib.machinery.SourceFileLoader("xtask", __file__)
         source = loader.get_data(__file__)
         print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}", flush=True)
     elif "-h" in options or "--help" in options:
