@@ -1961,6 +1961,9 @@ class _LocalTask(Dict[str, Any]):
         self.events: List[bytes] = []  # as they go over the wire
         self.over, self.changed = False, threading.Condition(lock)  # its own, to wake its own readers only
 
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return dict, (dict(self),)  # a copy is the JSON alone
+
     def emit(self, kind: str, data: Any, entry: Optional[Dict[str, Any]] = None) -> bool:
         """Add an event and its entry in the log; or nothing, and return False, when the run is over."""
         if kind in ("think", "analyze"):
