@@ -2032,7 +2032,6 @@ class LocalPlatform:
         self.tasks: Dict[str, _LocalTask] = {}
         self.requests: List[Tuple[str, str, Dict[str, str], Any]] = []
         self._agent, self._lock = agent or _local_agent, threading.RLock()
-        self._served: weakref.WeakKeyDictionary[threading.Thread, Any] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> LocalPlatform:
         from http.server import BaseHTTPRequestHandler
@@ -2064,14 +2063,8 @@ class LocalPlatform:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        with self._lock:
-            for task in self.tasks.values():
-                task.change({"status": "stopped"})
-            served = list(self._served.items())
-        for thread, connection in served:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)  # or a kept one would go on to be served
-            thread.join(0.5)  # not for ever: its client may not read
+        for task in list(self.tasks.values()):
+            task.change({"status": "stopped"})  # which ends its streams
         self.configuration.close()
 
     def _serve(self, handler: Any) -> None:
@@ -2079,7 +2072,6 @@ class LocalPlatform:
         text = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
-            self._served[threading.current_thread()] = handler.connection
             try:
                 body = json.loads(text or "null")
                 self.requests.append((handler.command, handler.path, headers, body))
@@ -2092,8 +2084,7 @@ class LocalPlatform:
             pieces = answer if streamed else [json.dumps(answer).encode()]  # now, under the lock
         handler.send_response(status)
         handler.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
-        # the end of its connection tells where a stream ends
-        handler.send_header(*("Connection", "close") if streamed else ("Content-Length", str(len(pieces[0]))))
+        handler.send_header("Connection", "close")  # whose end is the end of the answer
         handler.end_headers()
         handler.wfile.writelines(pieces)  # each as it comes
 
