@@ -2223,7 +2223,7 @@ def test_nobody_is_served_after_the_end_of_the_local_platform():
     with local(quick, max_retries=0) as platform:
         task = xtask.Task.create("a-1", "Hi", configuration=platform.config).wait_finished(10)
         platform.__exit__()
-        with pytest.raises(xtask.ModuleException, match="refused"):  # though its connection was kept
+        with pytest.raises(xtask.ModuleException, match="refused"):
             task.reload()
 
 

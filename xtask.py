@@ -2041,14 +2041,10 @@ class LocalPlatform:
             protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
             do_GET = do_POST = do_PATCH = do_DELETE = lambda handler: self._serve(handler)  # of the platform
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
+            log_message: Any = lambda *_: None
         class Server(ThreadingTCPServer):
             daemon_threads, request_queue_size = True, 512
-
-            def handle_error(self, *_: Any) -> None:
-                pass  # a client that left
+            handle_error: Any = lambda *_: None  # a client that left
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
@@ -2084,7 +2080,9 @@ class LocalPlatform:
             pieces = answer if streamed else [json.dumps(answer).encode()]  # now, under the lock
         handler.send_response(status)
         handler.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
-        handler.send_header("Connection", "close")  # whose end is the end of the answer
+        handler.send_header("Connection", "close")  # whose end is the end of a stream
+        if not streamed:
+            handler.send_header("Content-Length", str(len(pieces[0])))
         handler.end_headers()
         handler.wfile.writelines(pieces)  # each as it comes
 
@@ -2320,7 +2318,10 @@ def _command(argv: List[str]) -> None:
     import hashlib
     import importlib.machinery
 
-    found, words = getopt.gnu_getopt(argv, "h", ["help", "version", "json", "file="])
+    try:
+        found, words = getopt.gnu_getopt(argv, "h", ["help", "version", "json", "file="])
+    except getopt.GetoptError as error:
+        raise ValueError(f"{error}; see xtask --help") from None
     options, files = [name for name, _ in found], [value for name, value in found if name == "--file"]
     if "--version" in options:
         # what imported it reads it, also out of a zip file
@@ -2337,8 +2338,6 @@ def _command(argv: List[str]) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The terminal program, with the process's own arguments unless others are given: its exit code."""
-    import getopt
-
     code = 0
     try:
         _command(sys.argv[1:] if argv is None else argv)
@@ -2346,9 +2345,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         code = 130
     except BrokenPipeError:
         pass  # the reader has all it wanted
-    except (ModuleException, getopt.GetoptError, ValueError, OSError, RuntimeError) as error:
+    except (ModuleException, ValueError, OSError, RuntimeError) as error:
         unset = isinstance(error, ModuleException) and not error.answered and error.status_code < 500
-        code = 2 if unset or isinstance(error, (getopt.GetoptError, ValueError)) else 1
+        code = 2 if unset or isinstance(error, ValueError) else 1
         with contextlib.suppress(OSError):  # nobody is there to read it
             if sys.stderr:
                 print("xtask:", _one_line(str(error) or repr(error)), file=sys.stderr, flush=True)
