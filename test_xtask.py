@@ -188,6 +188,7 @@ class RawServer:
     def serve(self, sock, number):
         raw = sock
         try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each part goes out at once
             if self.context:
                 sock = self.context.wrap_socket(sock, server_side=True)
                 self.open.discard(raw)
@@ -2738,7 +2739,6 @@ FINISHED = sse("task_finished", task_dict(status="completed", result="4"))
 def plays(*parts, then=lambda connection: None):
     """A script: the head of a stream, these parts, and the end of the connection, unless `then` holds it."""
     def script(connection):
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each part goes out at once
         connection.start_stream()
         for part in parts:
             connection.send(part)
