@@ -72,11 +72,15 @@ ORG = "org-1"
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    for name in list(os.environ):
-        if name.upper().startswith("XPANDER_") or name.upper().endswith("_PROXY") or name == "IS_STG":
-            monkeypatch.delenv(name)
+@pytest.fixture(scope="session", autouse=True)
+def clean_process():
+    """No setting of the library's, and nothing that each collection of garbage would look at in vain."""
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in list(os.environ):
+            if name.upper().startswith("XPANDER_") or name.upper().endswith("_PROXY") or name == "IS_STG":
+                monkeypatch.delenv(name)
+        yield
 
 
 @pytest.fixture
@@ -2880,7 +2884,6 @@ BODIES = [
 @pytest.mark.parametrize("body", BODIES)
 def test_an_answer_in_pieces_of_any_size_gives_the_same_events(face, body, size):
     def trickle(connection):
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         data = body.encode()
         for start in range(0, len(data), size):
             connection.send(data[start:start + size])
