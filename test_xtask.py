@@ -411,6 +411,17 @@ def answering(*answers):
     return RawServer(replies(*answers))
 
 
+def both_faces_at_once(test):
+    """As `both_faces`, side by side in one test: for those that wait."""
+    def run(**given):
+        at_once(lambda face: test(face=face, **given), "sync", "async")
+
+    taken = inspect.signature(test)
+    others = [parameter for name, parameter in taken.parameters.items() if name != "face"]
+    run.__signature__ = taken.replace(parameters=others)
+    return run
+
+
 def numbered(names):
     """Ids of a table whose rows have no name of their own."""
     return [f"{number}-{name}" for number, name in enumerate(names)]
@@ -1373,22 +1384,12 @@ STREAMS = [
     ("retry of other digits is ignored", "retry: 5\nretry: ١\nretry: ²\ndata: a\n\n".encode(),
      [message("a", "", 5)]),
 ]
-rules = pytest.mark.parametrize(
-    "stream, events", [row[1:] for row in STREAMS], ids=[row[0] for row in STREAMS])
 
 
-@rules
-def test_rule_with_the_stream_in_one_piece(stream, events):
+@pytest.mark.parametrize("stream, events", [row[1:] for row in STREAMS], ids=[row[0] for row in STREAMS])
+def test_rule_with_the_stream_in_one_piece_and_a_byte_at_a_time_and_cut_at_random(stream, events):
     assert list(xtask.iter_sse([stream])) == events
-
-
-@rules
-def test_rule_with_a_byte_at_a_time(stream, events):
     assert list(xtask.iter_sse(stream[n : n + 1] for n in range(len(stream)))) == events
-
-
-@rules
-def test_rule_with_the_stream_cut_at_random(stream, events):
     rng = random.Random(stream)
     for _ in range(30):
         cuts = sorted(rng.randrange(len(stream) + 1) for _ in range(rng.randrange(1, 8)))  # empty pieces, too
@@ -1478,8 +1479,8 @@ def test_a_byte_a_chunk_takes_steps_in_proportion_to_the_bytes(shape):
             sys.setprofile(before)
         return count
 
-    few, many = steps(4_000), steps(16_000)
-    assert many < 5 * few and many < 60 * 16_000
+    few, many = steps(2_000), steps(8_000)
+    assert many < 5 * few and many < 60 * 8_000
 
 
 LIMIT = 16 * MIB
@@ -2588,10 +2589,10 @@ def says_nothing(connection):
     connection.wait_closed()
 
 
-@both_faces
 @pytest.mark.parametrize(
     "failure", [broken_off, half_a_line, half_a_head, half_a_body, half_a_chunk, no_http, says_nothing],
     ids=lambda failure: failure.__name__)
+@both_faces_at_once
 def test_no_answer_or_half_of_one_is_a_500_that_no_server_said(failure, face):
     def script(connection, number):
         connection.request()
@@ -3107,8 +3108,8 @@ def test_the_pause_after_a_stream_is_the_servers_retry_from_a_tenth_to_30_second
 # -- silence
 
 
-@both_faces
 @pytest.mark.parametrize("start", [plays(then=silent), silent], ids=["after-its-head", "before-its-head"])
+@both_faces_at_once
 def test_after_idle_timeout_the_status_is_loaded_and_the_stream_reopened(face, pauses, start):
     with feed(start, plays(sse("chunk", "1"), FINISHED), idle_timeout=0.2, max_retries=0) as server:
         assert chunks(follow(server, face)) == ["1"]
@@ -3309,8 +3310,8 @@ ENDS = [  # a stream that does not bring the task's last event
 ]
 
 
-@both_faces
 @pytest.mark.parametrize("script", ENDS)
+@both_faces_at_once
 def test_when_the_server_says_that_the_task_is_final_the_last_event_is_made_from_it(face, script):
     with feed(script, answers(410), idle_timeout=0.1) as server:
         server.task = task_dict(status="failed", result="why", finished_at="2025-11-06T06:42:00Z", new=[1])
@@ -3354,10 +3355,9 @@ def test_only_this_tasks_end_ends_it_although_the_server_keeps_the_connection_op
     assert (events[0].data.id, events[0].data.agent_id, events[-1].task_id) == ("t-2", "a-1", "t-1")
 
 
-@both_faces
+@both_faces_at_once
 def test_of_a_task_that_was_final_already_five_seconds_of_silence_are_the_end(face, monkeypatch):
-    assert xtask._FINAL_SILENCE == 5
-    monkeypatch.setattr(xtask, "_FINAL_SILENCE", 0.25)  # the same with less patience
+    monkeypatch.setattr(xtask, "_FINAL_SILENCE", 0.25)  # five seconds with less patience
     with feed(plays(sse("chunk", "1"), then=silent), idle_timeout=20) as server:
         server.task = task_dict(status="completed", result="4")
         began = time.monotonic()
@@ -3366,7 +3366,7 @@ def test_of_a_task_that_was_final_already_five_seconds_of_silence_are_the_end(fa
         assert 0.24 <= time.monotonic() - began < 10
 
 
-@both_faces
+@both_faces_at_once
 def test_of_a_task_that_was_final_already_comments_alone_are_silence_too(face, monkeypatch):
     monkeypatch.setattr(xtask, "_FINAL_SILENCE", 0.25)
     with feed(plays(sse("chunk", "1"), then=repeats(": ping\n\n")), idle_timeout=20) as server:
@@ -3375,7 +3375,7 @@ def test_of_a_task_that_was_final_already_comments_alone_are_silence_too(face, m
         assert len(server.streams) == 1
 
 
-@both_faces
+@both_faces_at_once
 def test_of_a_task_that_was_final_already_no_event_is_lost_to_impatience(face, monkeypatch):
     def slowly(connection):
         for number in range(6):
@@ -3682,7 +3682,7 @@ def test_a_loop_whose_streams_were_left_is_not_kept():
 
     loops = []
     with RawServer(script) as server:
-        for _ in range(100):
+        for _ in range(40):
             asyncio.run(main())
         ends = time.monotonic() + 5
         while any(loop() for loop in loops) and time.monotonic() < ends:
@@ -3934,33 +3934,38 @@ def interrupt(process):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize("script, face", [*((script, "sync") for script in QUIET), (QUIET[0], "async")])
-def test_ctrl_c_ends_the_process_within_a_second_with_one_plain_keyboard_interrupt(face, script):
-    reached = threading.Event()
+def test_ctrl_c_ends_the_process_within_a_second_with_one_plain_keyboard_interrupt():
+    def run(script, face):
+        def quiet(connection):
+            script(connection)
+            reached.set()
+            connection.wait_closed()
 
-    def quiet(connection):
-        script(connection)
-        reached.set()
-        connection.wait_closed()
+        reached = threading.Event()
+        with feed(quiet) as server:
+            given = json.dumps([server.url, face, task_dict()])
+            with subprocess.Popen([sys.executable, "-X", "dev", "-W", "error", "-c", INTERRUPTED, given],
+                                  env=environment, stderr=subprocess.PIPE, text=True) as process:
+                try:
+                    assert reached.wait(15)
+                    all_reached.wait(15)
+                    with one_by_one:
+                        began = interrupt(process)
+                        stderr = process.communicate(timeout=15)[1]
+                        took = time.monotonic() - began
+                finally:
+                    process.kill()
+        assert took < 1 and process.returncode == -signal.SIGINT
+        assert stderr.rstrip().endswith("KeyboardInterrupt") and "Exception ignored" not in stderr
+        assert "never retrieved" not in stderr and "destroyed" not in stderr
+        if face == "sync":  # asyncio.run() itself shows the cancellation it turned it into
+            assert stderr.count("KeyboardInterrupt") == stderr.count("Traceback") == 1
+            assert "During handling" not in stderr
 
-    with feed(quiet) as server:
-        environment = {**os.environ, "PYTHONPATH": str(Path(UNDER_TEST or FILE).parent)}
-        given = json.dumps([server.url, face, task_dict()])
-        with subprocess.Popen([sys.executable, "-X", "dev", "-W", "error", "-c", INTERRUPTED, given],
-                              env=environment, stderr=subprocess.PIPE, text=True) as process:
-            assert reached.wait(15)
-            began = interrupt(process)
-            try:
-                stderr = process.communicate(timeout=15)[1]
-            finally:
-                process.kill()
-            took = time.monotonic() - began
-    assert took < 1 and process.returncode == -signal.SIGINT
-    assert stderr.rstrip().endswith("KeyboardInterrupt") and "Exception ignored" not in stderr
-    assert "never retrieved" not in stderr and "destroyed" not in stderr
-    if face == "sync":  # asyncio.run() itself shows the cancellation it turned it into
-        assert stderr.count("KeyboardInterrupt") == stderr.count("Traceback") == 1
-        assert "During handling" not in stderr
+    environment = {**os.environ, "PYTHONPATH": str(Path(UNDER_TEST or FILE).parent)}
+    cases = [*((script, "sync") for script in QUIET), (QUIET[0], "async")]
+    all_reached, one_by_one = threading.Barrier(len(cases)), threading.Lock()
+    at_once(lambda case: run(*case), *cases)
 
 
 # ---------------------------------------------------------------------------
@@ -5907,13 +5912,14 @@ def test_output_that_is_closed_or_full_shows_no_traceback():
         task = played(platform)
 
         def shell(words):
-            arguments = [sys.executable, str(FILE), *words[1:]]
+            arguments = [sys.executable, "-m", "xtask", *words[1:]]
             return subprocess.run(["sh", "-c", f'exec "$@" {words[0]}', "sh", *arguments], timeout=20,
                                   env=program_environment(platform.environ), capture_output=True)
 
         closed = [(">&-", "show", task.id), (">&-", "log", task.id, "--json"), (">&-", "watch", task.id)]
         full = [(">/dev/full", *words) for words in (["show", task.id], ["--help"], ["--version"])]
-        *ran, silent = at_once(shell, *closed, *full * os.path.exists("/dev/full"), ("2>&-", "show", "missing"))
+        full *= os.path.exists("/dev/full")
+        silent, *ran = at_once(shell, ("2>&-", "show", "missing"), *closed, *full)
     assert (silent.returncode, silent.stdout) == (1, b"")
     for ended in ran[:3]:
         assert ended.returncode in (0, 1) and b"Traceback" not in ended.stderr
