@@ -1491,15 +1491,16 @@ def pieces_of(stream, size):
 
 
 @pytest.mark.parametrize("size", [64 * 1024, 64 * MIB], ids=["64 KiB a chunk", "one chunk"])
-@pytest.mark.parametrize("part", [b"data: " + b"x" * 994, b": " + b"x" * 998, b"data: " + b"\xc3\xa9" * 497],
-                         ids=["data", "comment", "é"])
-def test_an_event_may_be_16_mib_with_every_byte_counted(part, size):
+@pytest.mark.parametrize("part, limit", [(b"data: " + b"x" * 994, LIMIT), (b": " + b"x" * 998, MIB),
+                                         (b"data: " + b"\xc3\xa9" * 497, MIB)], ids=["data", "comment", "é"])
+def test_an_event_may_be_16_mib_with_every_byte_counted(part, limit, size, monkeypatch):
+    monkeypatch.setattr(xtask, "_MAX_EVENT", limit)  # the whole of it once, then the same with less
     line = part + b"\n"
-    fits, bursts = line * (LIMIT // len(line) - 1), line * (LIMIT // len(line) + 1)
+    fits, bursts = line * (limit // len(line) - 1), line * (limit // len(line) + 1)
     list(xtask.iter_sse(pieces_of(b"data: a\n\n" + fits + b"\ndata: b\n\n", size)))
     events = xtask.iter_sse(pieces_of(b"data: a\n\n" + bursts + b"\ndata: b\n\n", size))
     assert next(events).data == "a", "what came before it is not lost"
-    with pytest.raises(ValueError, match="16 MiB"):
+    with pytest.raises(ValueError, match=f" {limit // MIB} MiB"):
         list(events)
 
 
@@ -3649,10 +3650,8 @@ for url, what in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("more", [sse("chunk", "x" * 4096), ": ping\n\n", ""],
-                         ids=["events", "comments", "nothing"])
-def test_a_loop_that_is_closed_under_a_stream_leaves_no_thread_and_no_noise(more):
-    def script(connection, number):
+def test_a_loop_that_is_closed_under_a_stream_leaves_no_thread_and_no_noise():
+    def script(more, connection, number):
         for _, path, _, _ in iter(connection.request, None):
             if path.endswith("/status"):
                 connection.answer(200, task_dict())
@@ -3662,9 +3661,11 @@ def test_a_loop_that_is_closed_under_a_stream_leaves_no_thread_and_no_noise(more
                 connection.event("chunk", "1")
             return repeats(more)(connection) if more else connection.wait_closed()
 
-    with RawServer(script) as held, RawServer(script) as collected:
-        done = run_python(CLOSED_LOOP, json.dumps([(held.url, "hold"), (collected.url, "collect")]))
-    assert (done.returncode, done.stderr, done.stdout.split()) == (0, "", ["1", "1"])
+    with contextlib.ExitStack() as stack:
+        cases = [(stack.enter_context(RawServer(functools.partial(script, more))).url, what)
+                 for more in (sse("chunk", "x" * 4096), ": ping\n\n", "") for what in ("hold", "collect")]
+        done = run_python(CLOSED_LOOP, json.dumps(cases))
+    assert (done.returncode, done.stderr, done.stdout.split()) == (0, "", ["1"] * 6)
 
 
 def test_a_loop_whose_streams_were_left_is_not_kept():
@@ -3926,11 +3927,16 @@ QUIET = [  # streams with nothing to say: silent, unanswered, between two tries
 ]
 
 
-def interrupt(process):
-    """Ctrl-C, once it waits: between CPython's look for signals and a wait one would be seen too late."""
+def interrupt(process, turn=None):
+    """Ctrl-C, once it waits: between CPython's look for signals and a wait one would be seen too late.
+
+    The answer is what `communicate` gives, and the seconds until it did; processes may take turns by a lock.
+    """
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    return time.monotonic()
+    with turn or contextlib.nullcontext():
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        return process.communicate(timeout=15), time.monotonic() - began
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -3949,10 +3955,7 @@ def test_ctrl_c_ends_the_process_within_a_second_with_one_plain_keyboard_interru
                 try:
                     assert reached.wait(15)
                     all_reached.wait(15)
-                    with one_by_one:
-                        began = interrupt(process)
-                        stderr = process.communicate(timeout=15)[1]
-                        took = time.monotonic() - began
+                    (_, stderr), took = interrupt(process, one_by_one)
                 finally:
                     process.kill()
         assert took < 1 and process.returncode == -signal.SIGINT
@@ -5932,8 +5935,7 @@ def test_ctrl_c_is_exit_code_130_and_no_traceback():
     def run(words):
         with start(*words, environ=platform.environ) as process:
             assert process.stdout.readline()
-            interrupt(process)
-            _, err = process.communicate(timeout=10)
+            (_, err), _ = interrupt(process)
         assert process.returncode == 130 and b"Traceback" not in err and b"Exception" not in err, words
 
     gate = threading.Event()
@@ -5954,8 +5956,7 @@ def test_ctrl_c_during_a_request_is_exit_code_130():
 
     with RawServer(script) as server, start("show", "t-1", environ=server_environ(server)) as process:
         assert asked.wait(10)
-        interrupt(process)
-        out, err = process.communicate(timeout=10)
+        (out, err), _ = interrupt(process)
     assert (process.returncode, out) == (130, b"") and b"Traceback" not in err
 
 
@@ -6231,15 +6232,18 @@ def test_help_fits_a_screen_and_has_an_example_of_each_command(terminals):
 @needs_whole_file
 def test_version_is_the_version_and_the_sha_256_of_the_file_also_out_of_a_zip(tmp_path):
     expected = (0, [whole.__version__, hashlib.sha256(FILE.read_bytes()).hexdigest()])
-    code, out, _ = terminal("--version")
-    assert (code, [word for word in out.split() if re.fullmatch(r"[\d.]+|[0-9a-f]{64}", word)]) == expected
     with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as bundle:
         bundle.write(FILE, "xtask.py")
-    zipped = run_python("import xtask; xtask.main(['--version'])", cwd=str(tmp_path),
-                        env={"PYTHONPATH": str(tmp_path / "bundle.zip")})
-    assert (zipped.stdout, zipped.stderr) == (out, "")
     by_path = "import runpy, sys; sys.argv = ['', '--version']; runpy.run_path({!r}, None, '__main__')"
-    assert run_python(by_path.format(str(FILE))).stdout == out, "without a loader, as profilers run it"
+    (code, out, _), zipped, loaded = at_once(
+        lambda run: run(),
+        lambda: terminal("--version"),
+        lambda: run_python("import xtask; xtask.main(['--version'])", cwd=str(tmp_path),
+                           env={"PYTHONPATH": str(tmp_path / "bundle.zip")}),
+        lambda: run_python(by_path.format(str(FILE))))
+    assert (code, [word for word in out.split() if re.fullmatch(r"[\d.]+|[0-9a-f]{64}", word)]) == expected
+    assert (zipped.stdout, zipped.stderr) == (out, "")
+    assert loaded.stdout == out, "without a loader, as profilers run it"
 
 
 @needs_whole_file
