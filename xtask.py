@@ -978,8 +978,7 @@ class _Line:
     """The socket that a thread waits for, one after the other: `hang_up`, from any thread, ends it all."""
 
     def __init__(self) -> None:
-        self.hung_up = threading.Event()
-        self.connected = False
+        self.hung_up, self.connected = threading.Event(), False
         self.socket: Optional[socket.socket] = None
 
     def hold(self, sock: socket.socket) -> None:
@@ -1533,9 +1532,8 @@ class TaskUpdateEventType(_OpenEnum):
 
 
 _EVENT_RECORDS: Dict[str, Type[_Record]] = {
-    "task_created": Task, "task_updated": Task, "task_finished": Task,
-    "tool_call_request": ToolCallRequest, "tool_call_result": ToolCallResult,
-    "think": ToolCallRequest, "analyze": ToolCallRequest,
+    "task_created": Task, "task_updated": Task, "task_finished": Task, "think": ToolCallRequest,
+    "analyze": ToolCallRequest, "tool_call_request": ToolCallRequest, "tool_call_result": ToolCallResult,
 }
 _EVENT_TYPES = {kind.value: kind for kind in TaskUpdateEventType}  # calling the enum is far slower
 _ENVELOPE = {"type", "task_id", "organization_id", "time", "data"}
@@ -1699,8 +1697,11 @@ class _Stream:
         data, now = json.loads(task._told), datetime.now(timezone.utc).isoformat()
         ended = data.get("finished_at") or data.get("updated_at") or now
         ids = {"task_id": self.task_id, "organization_id": task.organization_id}
-        envelope = {"type": "task_finished", **ids, "time": ended, "data": data}
-        return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
+        event = TaskUpdateEvent.from_dict({"type": "task_finished", **ids, "time": ended})
+        whole = self.required.keys() <= data.keys()  # nearly always: a copy costs 200 streams 6 % more CPU
+        event.data = task if whole else Task.from_dict({**self.required, **data}, self.configuration)
+        event.raw["data"] = data
+        return event
 
     def relay(self, loop: Any, put: Callable[[Any], None], room: threading.Semaphore) -> None:
         """Put the batches into an event loop's queue, from a thread; None or an error is the last word."""
