@@ -11,6 +11,7 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -2292,6 +2293,21 @@ def test_events_that_look_like_the_platforms_own_leave_no_message_in_the_local_l
 
 
 @needs_whole_file
+@pytest.mark.parametrize("event, said", [
+    (("chunk", "x", {"k": 1}), "unpack"), ("chunk", "unpack"), ({1}, "unpack"), (("chunk", {1}), "JSON"),
+    (None, "None")], ids=str)
+def test_what_is_no_event_fails_the_local_task(event, said):
+    def agent(task):
+        task["tags"] = {1}  # the agent's own copy
+        yield event
+
+    with local(agent) as platform:
+        task = xtask.Task.create("a-1", "Hi", configuration=platform.config).wait_finished(10)
+        assert task.status == "failed" and said in task.result
+        assert [entry.content.text for entry in task.get_activity_log().messages] == ["Hi"]
+
+
+@needs_whole_file
 def test_nobody_is_served_after_the_end_of_the_local_platform():
     with local(quick, max_retries=0) as platform:
         task = xtask.Task.create("a-1", "Hi", configuration=platform.config).wait_finished(10)
@@ -2459,10 +2475,12 @@ def test_a_task_that_was_being_saved_at_a_fork_can_be_saved_in_the_child():
 
 @pytest.mark.parametrize("twin", [
     lambda task: task.areload(), lambda task: task.await_finished(), lambda task: task.aget_activity_log(),
-    lambda task: xtask.Task.acreate("a-1", "Hi", configuration=task.configuration)], ids=list("rwlc"))
+    lambda task: xtask.Task.acreate("a-1", "Hi", configuration=task.configuration),
+    lambda task: task.aget_human_readable_files()], ids=list("rwlcf"))
 def test_a_twin_that_is_cancelled_ends_its_thread_too(twin):
     with RawServer(lambda connection, _: [connection.request(), connection.wait_closed()]) as server:
-        task = make_task(configuration(server.url, timeout=60))
+        config = configuration(server.url, timeout=60, trusted_file_hosts=["127.0.0.1"])
+        task = make_task(config, input={"text": "Hi", "files": [server.url + "/a.txt"]})
 
         async def main():
             waiting = asyncio.ensure_future(twin(task))
@@ -2475,6 +2493,77 @@ def test_a_twin_that_is_cancelled_ends_its_thread_too(twin):
         began = time.monotonic()
         asyncio.run(main())  # which waits for the threads of the twins
         assert time.monotonic() - began < 10 and len(server.requests) == 1
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="create_task() takes no context")
+def test_a_twin_that_is_cancelled_hangs_up_on_no_other_call_of_its_context():
+    def script(connection, number):
+        connection.request()
+        if number < 3:
+            return connection.wait_closed()
+        connection.answer(200, task_dict(title="new"))
+
+    async def main():
+        waiting = []
+        for count in (1, 2):
+            waiting.append(asyncio.get_running_loop().create_task(task.areload(), context=context))
+            while len(server.requests) < count:
+                await asyncio.sleep(0.01)
+        for twin in waiting:
+            twin.cancel()
+            await asyncio.wait([twin])
+
+    context = contextvars.copy_context()
+    with RawServer(script) as server:
+        task = make_task(configuration(server.url))
+        asyncio.run(main())
+        assert context.run(task.reload).title == "new"
+
+
+@both_faces
+def test_two_answers_at_once_are_not_mixed(face):
+    """The second call's answer comes while the first one's is put in: all of one of them is there then."""
+    answers = [task_dict(title="1", result=None), task_dict(title=None, result="2")]
+
+    class Slow(xtask.Task):
+        reloading = None
+
+        def to_dict(self):
+            if len(arrived(server)) == 1 and not Slow.reloading:
+                Slow.reloading = in_background(task.reload)
+                Slow.reloading.join(0.3)  # in which it would put its answer in
+            return super().to_dict()
+
+    with answering(*[(200, answer) for answer in answers]) as server:
+        task = Slow.from_dict(task_dict(title=None, result=None), server.config)
+        call(face, task, "save")
+        Slow.reloading.join(10)
+    assert (task.title, task.result) == (None, "2") and json.loads(task._told) == answers[1]
+
+
+def test_what_a_subclass_leaves_out_of_its_pickles_is_reloaded_and_not_sent():
+    class Lean(xtask.Task):
+        def __getstate__(self):
+            return {"id": self.id}
+
+    answers = [task_dict(payload_extension={"n": number}) for number in (1, 2)]
+    with answering(*[(200, answer) for answer in answers]) as server:
+        task = Lean.from_dict(task_dict(payload_extension={"n": 0}), server.config)
+        assert task.reload().payload_extension == {"n": 1}
+        task.title = "x"
+        task.save()
+    assert arrived(server)[-1][2] == {"title": "x"} and task.payload_extension == {"n": 2}
+
+
+def test_a_status_that_was_refused_here_is_sent_by_the_next_save():
+    with answering((200, task_dict(internal_status="short"))) as server:
+        task = make_task(server.config)
+        task.internal_status = "x" * 256
+        with pytest.raises(ValueError, match="255"):
+            task.set_status("executing")
+        task.internal_status = "short"
+        task.save()
+    assert arrived(server)[-1][2] == {"internal_status": "short", "status": "executing"}
 
 
 def test_stopping_keeps_unsaved_changes_for_the_next_save():
@@ -3038,6 +3127,36 @@ def test_the_same_data_of_another_event_is_told_apart_byte_for_byte(pauses):
     one = 'data: {"type": "chunk", "task_id": "t-1", "data": 1}\n\n'
     with feed(plays(one), plays(one.replace(": 1}", ":  1}"), FINISHED)) as server:
         assert chunks(follow(server)) == [1, 1]
+
+
+@both_faces
+@pytest.mark.parametrize("last", [sse("task_finished", {"status": "completed"}), ""], ids=["sent", "made"])
+def test_what_a_trimmed_task_leaves_out_is_as_the_server_spelled_it(face, last):
+    with feed(plays(last)) as server:
+        server.task = {"id": "t-1", "status": "completed"}
+        event = follow(server, face)[-1]
+    whole_task = task_dict(status="completed")
+    required = ("id", "agent_id", "organization_id", "input", "created_at", "status")
+    assert event.data.to_dict() == {name: whole_task[name] for name in required}
+    assert event.organization_id == (None if last else ORG)
+
+
+@needs_cpython
+def test_the_error_of_a_stream_is_freed_with_its_last_reference():
+    async def fail(task):
+        try:
+            async for _ in task.aevents():
+                pass
+        except xtask.ModuleException as error:
+            return weakref.ref(error)
+
+    with feed(answers(404)) as server:
+        gc.disable()
+        try:
+            error = asyncio.run(fail(make_task(server.config)))
+            assert error() is None
+        finally:
+            gc.enable()
 
 
 @both_faces

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import copy
 import email.utils
 import functools
 import http.client
@@ -101,6 +100,10 @@ class ModuleException(Exception):
         super().__init__(status_code, description, details, answered)
         self.status_code, self.description = status_code, description
         self.details, self.answered = details, answered
+
+    def _with(self, retry_after: Optional[float]) -> ModuleException:  # no local keeps what is raised
+        self._retry_after = retry_after
+        return self
 
     def __str__(self) -> str:
         return f"[{self.status_code}] {self.description}"
@@ -268,7 +271,7 @@ class _Record:
         defaults, loads = cls._plan()
         self = cls.__new__(cls)
         self.__dict__ = state = {**defaults, **data}
-        more = len(state) > len(defaults)  # names than ours
+        more = len(state) > len(defaults)  # it has names that are not ours
         extra = {name: state.pop(name) for name in data if name not in defaults} if more else {}
         state["extra"], state["_wire"] = extra, data
         for name, kind, load in loads:
@@ -578,20 +581,22 @@ _REQUIRED = ("id", "agent_id", "organization_id", "input", "created_at")
 def _twin(method: Callable[_P, _T]) -> Callable[_P, Coroutine[Any, Any, _T]]:
     """The async twin of a method. One that is cancelled hangs up, so that its thread ends, too."""
     function: Any = getattr(method, "__func__", method)  # of a class method
+    owner, _, name = function.__qualname__.rpartition(".")
 
     @functools.wraps(function)
     async def twin(*arguments: Any, **options: Any) -> _T:
         import asyncio  # 60 ms of import that sync programs never need
 
+        def run() -> Any:
+            _twins_line.set(line)  # in the thread's own copy of the context
+            return getattr(arguments[0], name)(*arguments[1:], **options)
+
         line = _Line()
-        before = _twins_line.set(line)  # which the thread sees
         try:
-            return await asyncio.to_thread(getattr(arguments[0], name), *arguments[1:], **options)
+            return await asyncio.to_thread(run)
         finally:
-            _twins_line.reset(before)
             line.hang_up()
 
-    owner, _, name = function.__qualname__.rpartition(".")
     twin.__name__, twin.__qualname__, twin.__doc__ = f"a{name}", f"{owner}.a{name}", f"`{name}`, async."
     return twin
 
@@ -625,8 +630,9 @@ class TasksListItem(_Record):
 class Task(_Record):
     """A task of the platform: the fields of its OpenAPI schema `AgentExecution`.
 
-    Change fields, then `save()`. What has no field here is in `extra`, and is kept. To add a field,
-    add a line to the list below. Errors of all calls: `ModuleException`, `ValueError`.
+    Change fields, then `save()`. What has no field here is in `extra`, and is kept. To add a field, add
+    a line to the list below (a list: like `sub_executions`). Errors of all calls: `ModuleException`,
+    `ValueError`.
     """
 
     id: str
@@ -851,7 +857,7 @@ class Task(_Record):
         urls, readable = self._files(), self.get_human_readable_files()
         lines = [getattr(self.input, "text", None), "Files: " + ", ".join(urls) if urls else None]
         lines += ["Files contents:", *map(json.dumps, readable)] if readable else []
-        return "\n".join(filter(None, lines))
+        return "\n".join(map(str, filter(None, lines)))
 
     # The async twins; `aevents` and `await_finished` are beside theirs.
     aload = classmethod(_twin(load))
@@ -886,23 +892,23 @@ class Task(_Record):
 
     def _save(self, always: Dict[str, Any]) -> Task:
         """Send what differs from what the server last told, and these values even if they do not."""
-        if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
-            raise ValueError("internal_status has more than the 255 characters the platform takes")
-        with self._one_at_a_time():
+        with self._lock("saves"):  # two on their way may arrive in any order
             told, before = self._told, self.to_dict()
             while told is not self._told:  # until both are of one moment
                 told, before = self._told, self.to_dict()
             known = {name: value for name, value in json.loads(told).items() if name not in always}
             if always:  # by the next save too, if this one fails
                 told = self._told = json.dumps(known)
+            if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
+                raise ValueError("internal_status has more than the 255 characters the platform takes")
             changed = _changed(known, before)
             changes = {**{name: before[name] for name in before if name in changed}, **always}
             update = ("PATCH", "/agent-execution/{task_id}/update") if changes else ()
             return self._take(told, before, *update, body=changes or None)
 
-    def _one_at_a_time(self) -> Any:
-        """A lock, because two saves on their way may arrive in any order; a fork may copy it locked."""
-        return self.__dict__.setdefault(f"_lock of {os.getpid()}", threading.Lock())
+    def _lock(self, what: str) -> Any:
+        """A lock of this task and this process: a fork may copy one that is held."""
+        return self.__dict__.setdefault(f"_lock of {what} in {os.getpid()}", threading.RLock())
 
     def __getstate__(self) -> Dict[str, Any]:
         return {name: value for name, value in self.__dict__.copy().items() if not name.startswith("_lock")}
@@ -914,25 +920,30 @@ class Task(_Record):
         """
         ids = {"task_id": self.id}
         newer = self._ask(self.configuration, ids, *request, **options)
-        overtaken = self._told is not told  # by the answer to another call, which may be the newer one
-        if overtaken:
+        if self._told is not told:  # another call's answer came between, which may be the newer one
             newer = self._ask(self.configuration, ids)
-        now = copy.copy(self)
-        if before is not None:
-            values = now.to_dict()
-            changed = _changed(before, values)
-            if overtaken:  # what is as the server told it is no change of the user's
-                changed &= _changed(json.loads(now._told), values)
-            for name in changed:
-                is_field = name in self._plan()[0]
-                ours, its = (now.__dict__, newer.__dict__) if is_field else (now.extra, newer.extra)
-                if name in ours:  # else it was taken out of `extra`
-                    its[name] = ours[name]
         newer._configuration = self._configuration
-        here, then = self.__dict__.copy(), now.__dict__
-        late = {name: value for name, value in here.items() if value is not then.get(name)}
-        self.__dict__.update({**newer.__dict__, **late})  # at once, for whoever reads meanwhile
+        with self._lock("answers"):
+            now = object.__new__(type(self))  # as copy.copy() does, which asks subclasses what to leave out
+            now.__dict__ = self.__dict__.copy()
+            if before is not None:
+                newer._keep(now, told, before)
+                here = self.__dict__.copy()  # changed while that took its time
+                newer.__dict__.update((k, v) for k, v in here.items() if v is not now.__dict__.get(k))
+            self.__dict__.update(newer.__dict__)  # at once, for whoever reads meanwhile
         return self
+
+    def _keep(self, now: Task, told: _Text, before: Dict[str, Any]) -> None:
+        """Take from what is here `now` that which was changed since `before`."""
+        values = now.to_dict()
+        changed = _changed(before, values)
+        if now._told is not told:  # what is as the server told it is no change of the user's
+            changed &= _changed(json.loads(now._told), values)
+        for name in changed:
+            is_field = name in self._plan()[0]
+            ours, its = (now.__dict__, self.__dict__) if is_field else (now.extra, self.extra)
+            if name in ours:  # what was taken out of `extra` may come back
+                its[name] = ours[name]
 
     def _pauses(self, timeout: Optional[float]) -> Iterator[float]:
         """The pauses between two looks at the status, until it is final."""
@@ -970,7 +981,7 @@ _HOST_AND_PORT = re.compile(r"(?!:)[^\s\0-\x20\x7f@%\\/?#]+")
 
 
 def _wait(seconds: float, line: Optional[_Line] = None) -> None:
-    """All waiting of the library's threads; ends early when the line is hung up."""
+    """Every pause between two requests; ends early when the line is hung up."""
     (line.hung_up if line else threading.Event()).wait(seconds)
 
 
@@ -1031,7 +1042,7 @@ class _Response(http.client.HTTPResponse):
             lines = [self.fp.readline(65537)]
             while lines[0].startswith(b"HTTP/") and lines[-1].rstrip(b"\r\n") and len(lines) < 200:
                 lines.append(self.fp.readline(65537))
-            if not re.match(rb"\S+ +1(?!01)\d\d\s", lines[0]):
+            if not re.match(rb"\S+ +1(?!01)\d\d\s", lines[0]):  # 101 is a last one
                 break
         if any(lines) and not lines[-1].endswith(b"\n") and len(lines[-1]) < 65537:
             raise http.client.IncompleteRead(lines[-1])
@@ -1380,9 +1391,8 @@ class _Transport:
             raise ModuleException(500, f"{place} answered with {what} that is not JSON") from broken
         text = self.hide(body[:2000].decode("utf-8", "replace")) if broken and not html else ""
         description = _mask(_describe(status, value, " ".join(text.split())[:200]))
-        failure = ModuleException(status, self.hide(description), value)
-        failure._retry_after = _retry_after(headers.get("Retry-After", ""))
-        raise failure
+        after = _retry_after(headers.get("Retry-After", ""))
+        raise ModuleException(status, self.hide(description), value)._with(after)
 
     def no_answer(self, place: str, error: Exception) -> ModuleException:
         """The failure of a request that no server answered, or not to the end."""
@@ -1543,7 +1553,8 @@ _ENVELOPE = {"type", "task_id", "organization_id", "time", "data"}
 class TaskUpdateEvent(_Record):
     """One event. `data` is a `Task`, a `ToolCallRequest`, a `ToolCallResult`, or the JSON that came.
 
-    `raw` is the envelope as it came; `task_id` may be that of a sub-agent's task.
+    `raw` is the envelope as it came, with the same objects as `data` but for tasks; `task_id` may be that of
+    a sub-agent's task.
     """
 
     type: TaskUpdateEventType
@@ -1593,7 +1604,7 @@ class _Stream:
     def batches(self) -> Generator[List[TaskUpdateEvent], None, None]:
         """The events, as many at a time as came together, until the task is over."""
         self.task_id, self.url = self.task.id, self.configuration._events_url(self.task)
-        self.required = _plain({name: getattr(self.task, name) for name in _REQUIRED})
+        self.required = _plain({k: v for k, v in self.task._items().items() if k in _REQUIRED})
         self.patience = _FINAL_SILENCE if self.task.is_finished else float("inf")  # seconds without an event
         while True:
             yield []  # before each connection, so that `relay` sees that its loop is closed
@@ -1694,12 +1705,13 @@ class _Stream:
 
     def _last(self, task: Task) -> TaskUpdateEvent:
         """The last event, made from the task, where the stream did not bring it."""
-        data, now = json.loads(task._told), datetime.now(timezone.utc).isoformat()
+        told, now = json.loads(task._told), datetime.now(timezone.utc).isoformat()
+        data = {**self.required, **told}
+        ids = {"task_id": self.task_id, "organization_id": data.get("organization_id")}
         ended = data.get("finished_at") or data.get("updated_at") or now
-        ids = {"task_id": self.task_id, "organization_id": task.organization_id}
         event = TaskUpdateEvent.from_dict({"type": "task_finished", **ids, "time": ended})
-        whole = self.required.keys() <= data.keys()  # nearly always: a copy costs 200 streams 6 % more CPU
-        event.data = task if whole else Task.from_dict({**self.required, **data}, self.configuration)
+        # nearly always the first: a copy costs 200 streams 6 % more CPU
+        event.data = task if data.keys() == told.keys() else Task.from_dict(data, self.configuration)
         event.raw["data"] = data
         return event
 
@@ -1769,6 +1781,7 @@ async def _aevents(stream: _Stream) -> AsyncGenerator[TaskUpdateEvent, None]:
             for event in batch:
                 yield event
     finally:
+        batch = None  # an error, whose traceback holds this frame
         for exponent in range(8):  # some 0.1 s: a thread inside a name look-up ends with it
             stream.line.hang_up()  # again: it may have been about to connect
             room.release()  # one too many harms nothing: the thread is at its end
@@ -1834,12 +1847,13 @@ def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Got]:
     work = _FileWork(configuration, urls)
     lines = [_Line() for _ in urls[:_FILE_THREADS]]
     threads = [threading.Thread(target=work.run, args=(line,), daemon=True) for line in lines]
-    ends = time.monotonic() + configuration.timeout
+    ends, caller = time.monotonic() + configuration.timeout, _twins_line.get() or _Line()
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(max(0.0, ends - time.monotonic()))
+            while thread.is_alive() and not caller.hung_up.is_set() and time.monotonic() < ends:
+                thread.join(min(0.1, ends - time.monotonic()))
     finally:
         work.todo.clear()
         for line in lines:
@@ -1998,10 +2012,11 @@ class _LocalTask(Dict[str, Any]):
         """Run the agent to its end, or to its first event after the end of the run."""
         self.emit("task_updated", self.change({"status": "executing", "started_at": _local_time()}))
         try:
-            events = agent(self)
+            events = agent(_plain(self))
             try:
-                while self.emit(*next(events)):
-                    pass
+                kind, data = next(events)
+                while self.emit(kind, data):
+                    kind, data = next(events)
             except StopIteration as end:
                 result = end.value if isinstance(end.value, (str, type(None))) else json.dumps(end.value)
                 self.change({"status": "completed", "result": result})
@@ -2040,9 +2055,9 @@ class LocalPlatform:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-            do_GET = do_POST = do_PATCH = do_DELETE = lambda handler: self._serve(handler)  # of the platform
-
+            do_GET = do_POST = do_PATCH = do_DELETE = lambda handler: self._serve(handler)
             log_message: Any = lambda *_: None
+
         class Server(ThreadingTCPServer):
             daemon_threads, request_queue_size = True, 512
             handle_error: Any = lambda *_: None  # a client that left
