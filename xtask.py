@@ -918,20 +918,27 @@ class Task(_Record):
 
         `told` is what the server had told then; `request` is a method and a route, else the status's.
         """
-        ids = {"task_id": self.id}
+        ids, seen = {"task_id": self.id}, told
         newer = self._ask(self.configuration, ids, *request, **options)
-        if self._told is not told:  # another call's answer came between, which may be the newer one
-            newer = self._ask(self.configuration, ids)
-        newer._configuration = self._configuration
-        with self._lock("answers"):
-            now = object.__new__(type(self))  # as copy.copy() does, which asks subclasses what to leave out
-            now.__dict__ = self.__dict__.copy()
-            if before is not None:
-                newer._keep(now, told, before)
-                here = self.__dict__.copy()  # changed while that took its time
-                newer.__dict__.update((k, v) for k, v in here.items() if v is not now.__dict__.get(k))
-            self.__dict__.update(newer.__dict__)  # at once, for whoever reads meanwhile
+        while not self._become(newer, seen, told, before):
+            # another call's answer came between, which may be the newer one
+            seen, newer = self._told, self._ask(self.configuration, ids)
         return self
+
+    def _become(self, newer: Task, seen: _Text, told: _Text, before: Any) -> bool:
+        """Take the state of `newer`, if what the server told last is still what was `seen`."""
+        now = object.__new__(type(self))  # as copy.copy() does, which asks subclasses what to leave out
+        now.__dict__ = self.__dict__.copy()
+        if before is not None:
+            newer._keep(now, told, before)
+        newer._configuration = self._configuration
+        with self._lock("answers"):  # in which nothing of a subclass is called
+            if self._told is not seen:
+                return False
+            here = self.__dict__.copy() if before is not None else {}
+            late = {name: value for name, value in here.items() if value is not now.__dict__.get(name)}
+            self.__dict__.update({**newer.__dict__, **late})  # at once, for whoever reads meanwhile
+            return True
 
     def _keep(self, now: Task, told: _Text, before: Dict[str, Any]) -> None:
         """Take from what is here `now` that which was changed since `before`."""
