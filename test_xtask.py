@@ -1237,8 +1237,9 @@ def test_a_log_that_is_made_by_hand_has_no_messages_and_shares_none():
     assert (first.messages, second.messages) == ([1], [])
 
 
-def test_a_repr_of_what_is_nested_hundreds_deep_is_cut():
-    deep = json.loads("[" * 600 + "]" * 600)
+@pytest.mark.parametrize("start, end", ["[]", ('{"a":', "}")], ids=["lists", "objects"])
+def test_a_repr_of_what_is_nested_hundreds_deep_is_cut(start, end):
+    deep = json.loads(start * 600 + "1" + end * 600)
     assert "..." in repr(xtask.ToolCallRequest("r", "o", payload=deep))
 
 
@@ -1794,13 +1795,14 @@ def test_a_configuration_reads_the_environment_when_it_is_made(monkeypatch):
 
 def test_the_shared_configuration_is_that_of_the_environment_as_it_is(monkeypatch):
     made = []
-    for name, value in (("IS_STG", "true"), ("XPANDER_BASE_URL", "http://h"), ("XPANDER_API_KEY", "k"),
-                        ("XPANDER_ORGANIZATION_ID", "o")):
+    for name, value in (("IS_STG", "false"), ("IS_STG", "true"), ("XPANDER_BASE_URL", "http://h"),
+                        ("XPANDER_API_KEY", "k"), ("XPANDER_ORGANIZATION_ID", "o")):
         monkeypatch.setenv(name, value)
         made.append(make_task(None).configuration)
         assert make_task(None).configuration is made[-1]
-    assert [config.base_url for config in made] == ["https://inbound.stg.xpander.ai"] + ["http://h"] * 3
-    assert (made[-1].api_key, made[-1].organization_id) == ("k", "o") and len(set(map(id, made))) == 4
+    cloud = ["https://inbound.xpander.ai", "https://inbound.stg.xpander.ai"]
+    assert [config.base_url for config in made] == cloud + ["http://h"] * 3
+    assert (made[-1].api_key, made[-1].organization_id) == ("k", "o") and len(set(map(id, made))) == 5
 
 
 @pytest.fixture
