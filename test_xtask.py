@@ -5489,6 +5489,11 @@ def test_a_file_that_fails_stands_in_the_message_as_an_error():
     assert json.loads(lines[4]) == {"url": "http://127.1/b.txt", "content": FAILED}
 
 
+def test_a_text_that_is_none_is_in_the_message_as_it_came():
+    task = xtask.Task.from_dict(task_dict(input={"text": {"a": 1}, "files": None}))
+    assert task.to_message() == "{'a': 1}"
+
+
 # -- agno
 
 
