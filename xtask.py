@@ -49,7 +49,7 @@ from typing import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import ParamSpec  # before Python 3.10 typing has none
+    from typing import ParamSpec  # new in Python 3.10: only type checkers read it here
 
     _P = ParamSpec("_P")
 
@@ -208,8 +208,6 @@ _R = TypeVar("_R", bound="_Record")
 _T = TypeVar("_T")
 _Time = Union[datetime, str, None]
 _Text = Union[str, bytes]  # of JSON
-
-
 _OLD_TIMES = sys.version_info < (3, 11)
 
 
@@ -913,7 +911,9 @@ class Task(_Record):
     def __getstate__(self) -> Dict[str, Any]:
         return {name: value for name, value in self.__dict__.copy().items() if not name.startswith("_lock")}
 
-    def _take(self, told: _Text, before: Any = None, *request: str, **options: Any) -> Task:
+    def _take(
+        self, told: _Text, before: Optional[Dict[str, Any]] = None, *request: str, **options: Any
+    ) -> Task:
         """Become the task that is answered, but for what was changed since `before`, if that is given.
 
         `told` is what the server had told then; `request` is a method and a route, else the status's.
@@ -925,7 +925,7 @@ class Task(_Record):
             seen, newer = self._told, self._ask(self.configuration, ids)
         return self
 
-    def _become(self, newer: Task, seen: _Text, told: _Text, before: Any) -> bool:
+    def _become(self, newer: Task, seen: _Text, told: _Text, before: Optional[Dict[str, Any]]) -> bool:
         """Take the state of `newer`, if what the server told last is still what was `seen`."""
         now = object.__new__(type(self))  # as copy.copy() does, which asks subclasses what to leave out
         now.__dict__ = self.__dict__.copy()
@@ -1120,7 +1120,7 @@ class _Connection(http.client.HTTPConnection):
         self.default_port = 443 if context else 80
         super().__init__(request.host, timeout=request.timeout)
         self.opened_by, self.context, self.process = request, context, os.getpid()
-        self.route = request.type, request.host, request.place
+        self.route = request.type, request.host, request.place  # equal for all requests that it serves
         self.judged = request.guarded and not request.proxied and self.host.lower().rstrip(".") not in trusted
 
     def connect(self) -> None:
@@ -1225,8 +1225,8 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
     def _kept(self, request: _Request) -> Optional[_Connection]:
         """An idle connection that serves the request; those that cannot be used any more are closed."""
-        for connection in self.idle[::-1] if request.keep else ():
-            if connection.route == (request.type, request.host, request.place):
+        for connection in self.idle[::-1]:
+            if request.keep and connection.route == (request.type, request.host, request.place):
                 with contextlib.suppress(ValueError):  # another thread was faster
                     self.idle.remove(connection)
                     if connection.is_usable():
@@ -1574,7 +1574,8 @@ class TaskUpdateEvent(_Record):
 
     @classmethod
     def from_dict(
-        cls, data: Mapping[str, Any], required: Mapping[str, Any] = {}, configuration: Any = None
+        cls, data: Mapping[str, Any], required: Mapping[str, Any] = {},
+        configuration: Optional[Configuration] = None,
     ) -> TaskUpdateEvent:
         """The event of an envelope; `required` fills in what trimmed tasks leave out."""
         kind, body = data["type"], data.get("data")
@@ -2286,7 +2287,7 @@ class _Screen:
 
     def follow(self, task: Task) -> None:
         """Show a task's events to its end, which alone is shown of a task without a stream."""
-        self.task = task
+        self.task, self.doing = task, "waiting" if task.events_streaming else "working"
         threading.Thread(target=self.tick, daemon=True).start()
         try:
             self.write(f"{_clock(task.created_at)}  task       {_one_line(task.id)}\n")  # to watch it again
