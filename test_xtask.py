@@ -4930,6 +4930,61 @@ def test_interim_answers_are_passed_over_and_not_taken_for_the_next_requests():
         assert server.connections == 1
 
 
+BODY = json.dumps(task_dict(title="read")).encode()
+
+# A head ("|" is a CRLF, # the body's length), and how many connections two calls take; 0: it is none.
+HEADS_OF_ANSWERS = {
+    "as usual": ("HTTP/1.1 200 OK|Content-Length: #||", 1),
+    "no reason": ("HTTP/1.1 200|Content-Length: #||", 1),
+    "a space for a reason": ("HTTP/1.1 200 |Content-Length: #||", 1),
+    "a letter outside ASCII": ("HTTP/1.1 200 Schön|X: ö|ö: x|Content-Length: #||", 1),
+    "a later minor version": ("HTTP/1.9 200 OK|Content-Length: #||", 1),
+    "lines that end in LF": ("HTTP/1.1 200 OK\nContent-Length: #\n\n", 1),
+    "a name in capitals": ("HTTP/1.1 200 OK|CONTENT-LENGTH: #||", 1),
+    "space around a value": ("HTTP/1.1 200 OK|Content-Length:\t  # \t||", 1),
+    "no space before a value": ("HTTP/1.1 200 OK|Content-Length:#||", 1),
+    "a field over several lines": ("HTTP/1.1 200 OK|X: 1| \tContent-Length: 3|\t2|Content-Length: #||", 1),
+    "a value on the next line": ("HTTP/1.1 200 OK|Content-Length:| #||", 1),
+    "lines that are no fields": ("HTTP/1.1 200 OK|no field|: x|Content-Length : 3|Content-Length: #||", 1),
+    "a CR within a field": ("HTTP/1.1 200 OK|Content-Length: 3\rX: y|Content-Length: #||", 1),
+    "empty fields": ("HTTP/1.1 200 OK|X:|Y: |Content-Length: #||", 1),
+    "spaces without end": (f"HTTP/1.1 200 OK|X: {' ' * 60_000}y|Content-Length: #||", 1),
+    "it closes": ("HTTP/1.1 200 OK|Connection: Close|Content-Length: #||", 2),
+    "HTTP/1.0 closes": ("HTTP/1.0 200 OK|Content-Length: #||", 2),
+    "HTTP/1.0 that stays": ("HTTP/1.0 200 OK|Connection: Keep-Alive|Content-Length: #||", 1),
+    "no length": ("HTTP/1.1 200 OK||", 2),
+    "a length that is none": ("HTTP/1.1 200 OK|Content-Length: -7||", 2),
+    "a length of many digits": (f"HTTP/1.1 200 OK|Content-Length: {'9' * 5000}||", 2),
+    "another version": ("HTTP/2 200 OK|Content-Length: #||", 0),
+    "another protocol": ("ICY 200 OK|Content-Length: #||", 0),
+    "a status of four digits": ("HTTP/1.1 2000 OK|Content-Length: #||", 0),
+    "a status below all": ("HTTP/1.1 020 OK|Content-Length: #||", 0),
+    "no status": ("HTTP/1.1 OK|Content-Length: #||", 0),
+    "a coding that is unknown": ("HTTP/1.1 200 OK|Transfer-Encoding: gzip|Content-Length: #||", 0),
+    "too many lines": (f"HTTP/1.1 200 OK|{'a: b|' * 300}Content-Length: #||", 0),
+    "a very long line": (f"HTTP/1.1 200 OK {'x' * 70_000}|Content-Length: #||", 0),
+}
+
+
+@pytest.mark.parametrize("head, connections", HEADS_OF_ANSWERS.values(), ids=HEADS_OF_ANSWERS)
+def test_heads_are_read_as_rfc_9112_has_them(head, connections, pauses):
+    def script(connection, number):
+        while connection.request():
+            text = head.replace("|", "\r\n").replace("#", str(len(BODY)))
+            connection.send(text.encode("latin-1") + BODY)
+            if "#" not in head:  # the body ends with the connection
+                return
+
+    with RawServer(script) as server, configuration(server.url, max_retries=0) as config:
+        if connections:
+            assert [xtask.Task.load("t-1", config).title for _ in range(2)] == ["read"] * 2
+            assert server.connections == connections
+        else:
+            with pytest.raises(xtask.ModuleException) as failed:
+                xtask.Task.load("t-1", config)
+            assert (failed.value.status_code, failed.value.answered) == (500, False)
+
+
 ODD_HEADS = {
     "a negative chunk": ("200 OK", "-1\r\n" + " " * 99),
     "a 304 with a chunk without end": ("304 N", "1" * 5000),
