@@ -1843,6 +1843,13 @@ def test_a_configuration_is_frozen_has_the_defaults_of_the_contract_and_shows_no
         xtask.Configuration("k", "o", "http://h", 5)
 
 
+@pytest.mark.parametrize("name", ["timeout", "idle_timeout"])
+@pytest.mark.parametrize("seconds", [0, 0.0, -1, None, float("nan"), float("inf")])
+def test_a_time_that_nobody_can_wait_is_refused(name, seconds):
+    with pytest.raises(ValueError, match="^timeout and idle_timeout must be finite numbers of seconds above 0$"):
+        xtask.Configuration(KEY, ORG, **{name: seconds})
+
+
 @pytest.mark.parametrize("key", ["kéy-s3cret", "a\ns3cret", "a\0s3cret", "s3cret\u200bkey", "s3cret\x7f",
                                  "s3cret\ns3cret", "s3cret\0", "s3cret\u200b"])
 def test_a_key_of_anything_but_printable_ascii_is_refused_and_not_printed(key):

@@ -490,6 +490,8 @@ class Configuration:
         api_key = _setting(api_key, "XPANDER_API_KEY")
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("api_key must be printable ASCII: look for stray characters around it")
+        if not all(seconds and 0 < seconds <= threading.TIMEOUT_MAX for seconds in (timeout, idle_timeout)):
+            raise ValueError("timeout and idle_timeout must be finite numbers of seconds above 0")
         staging = "stg." if os.environ.get("IS_STG", "").strip().lower() == "true" else ""
         root = (_setting(base_url, "XPANDER_BASE_URL") or f"https://inbound.{staging}xpander.ai").partition("?")[0]
         root = root if "://" in root else f"https://{root}"
@@ -1067,7 +1069,7 @@ class _Response(http.client.HTTPResponse):
         self.code, self.reason = self.status, status[3].decode("latin-1").strip()
         self.headers = self.msg = http.client.HTTPMessage()
         for name, value in _FIELD.findall(_FOLD.sub(" ", b"".join(lines).decode("latin-1"))):
-            self.headers[name] = value.strip()
+            self.headers[name] = value.strip(" \t")
         self._frame(self.headers.get("Transfer-Encoding", ""), self.headers.get("Content-Length", ""))
 
     def _frame(self, coding: str, length: str) -> None:
