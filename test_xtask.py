@@ -5883,13 +5883,14 @@ def test_an_answer_that_came_in_chunks_is_shown_once(terminals):
         yield "chunk", "the wh"
         yield "chunk", None
         yield "chunk", "ole answer"
-        return "another one" if task.get("title") else "the whole answer\n"
+        return {"another": "another one", "none": None}.get(task.get("title"), "the whole answer\n")
 
     with local(agent) as platform:
-        tasks = [played(platform, title=title) for title in (None, "x")]
+        tasks = [played(platform, title=title) for title in ("the same", "another", "none")]
         ran = terminals([["watch", task.id] for task in tasks], platform.environ)
     told = [re.sub(r"(?m)^[\d:]{8}.*$", "", out).split() for _, out, _ in ran]
-    assert told == [["the", "whole", "answer"], ["the", "whole", "answer", "another", "one"]]
+    assert told == [["the", "whole", "answer", *more] for more in ([], ["another", "one"], [])]
+    assert not ran[0][1].endswith("\n\n") and not ran[2][1].endswith("\n\n")
 
 
 @needs_whole_file

@@ -2326,7 +2326,7 @@ class _Screen:
             self.write("\n" * self.in_line)
         self.write(_tell(task.finished_at, str(task.status), "after " + _span(task, task.finished_at)))
         result = "" if task.result is None else _text(task.result)
-        if result.strip() != "".join(self.answer).strip():  # not shown yet
+        if result.strip() not in ("", "".join(self.answer).strip()):  # not shown yet
             self.write(f"\n{result}\n")
         if task.status != "completed":
             raise RuntimeError(f"the task ended as {task.status}")
