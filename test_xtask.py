@@ -2334,7 +2334,8 @@ def test_what_is_no_task_is_a_400_on_the_local_platform(body):
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with pytest.raises(urllib.error.HTTPError) as caught:
             opener.open(request, timeout=10)
-        assert caught.value.code == 400 and "JSON" in json.loads(caught.value.read())["detail"]
+        with caught.value as answer:
+            assert answer.code == 400 and "JSON" in json.loads(answer.read())["detail"]
 
 
 def late(state, held):
