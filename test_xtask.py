@@ -2423,6 +2423,10 @@ class Trap(dict):
         self.do()
         return super().items()
 
+    def __iter__(self):  # which newer versions of PyPy make JSON by
+        self.do()
+        return super().__iter__()
+
     def __deepcopy__(self, memo):
         self.do()
         return dict(self)
