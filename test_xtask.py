@@ -1844,10 +1844,16 @@ def test_a_configuration_is_frozen_has_the_defaults_of_the_contract_and_shows_no
 
 
 @pytest.mark.parametrize("name", ["timeout", "idle_timeout"])
-@pytest.mark.parametrize("seconds", [0, 0.0, -1, None, float("nan"), float("inf")])
+@pytest.mark.parametrize("seconds", [0, 0.0, -1, None, "5", float("nan"), float("inf"), 2**32 / 1000])
 def test_a_time_that_nobody_can_wait_is_refused(name, seconds):
-    with pytest.raises(ValueError, match="^timeout and idle_timeout must be finite numbers of seconds above 0$"):
+    with pytest.raises(ValueError, match="^timeout and idle_timeout must be numbers of seconds above 0 and"):
         xtask.Configuration(KEY, ORG, **{name: seconds})
+
+
+@pytest.mark.parametrize("number", [None, "2", 1.5])
+def test_a_number_of_retries_that_is_none_is_refused(number):
+    with pytest.raises(ValueError, match="^max_retries must be a whole number$"):
+        xtask.Configuration(KEY, ORG, max_retries=number)
 
 
 @pytest.mark.parametrize("key", ["kéy-s3cret", "a\ns3cret", "a\0s3cret", "s3cret\u200bkey", "s3cret\x7f",
@@ -2454,6 +2460,26 @@ def test_what_is_told_while_a_save_compares_is_not_sent_back():
         task.extra["x"], trap.do = trap, reload_once
         task.save()
     assert [method for method, *_ in arrived(server)] == ["GET", "GET"]
+
+
+def test_a_reload_in_the_midst_of_set_status_is_not_sent_back():
+    paused = {"status": "paused", "internal_status": "c"}
+    answers = [(200, task_dict(internal_status="b")), (200, task_dict(**paused)), (200, task_dict(**paused))]
+    with answering(*answers) as server:
+        task = make_task(server.config, internal_status="a")
+
+        def reload_once(frame, event, _):  # as another thread may, just before what was told is changed
+            if event == "call" and (frame.f_code.co_name, frame.f_back.f_code.co_name) == ("loads", "_save"):
+                sys.setprofile(None)
+                task.reload()
+
+        sys.setprofile(reload_once)
+        try:
+            task.set_status("paused")
+        finally:
+            sys.setprofile(None)
+        task.save()
+    assert [method for method, *_ in arrived(server)] == ["GET", "PATCH", "GET"]
 
 
 def test_a_copy_of_a_task_is_of_one_moment():
@@ -4621,6 +4647,7 @@ def test_a_redirect_on_the_origin_is_followed_with_the_key(status):
         assert CALLS["GET"](server.config).internal_status == "saved"
         assert server.requests[1][1] == "/elsewhere?a=b"
         assert server.requests[1][2]["x-api-key"] == KEY
+        assert "connection" not in server.requests[1][2], "or it could serve no other"
 
 
 @pytest.mark.parametrize("of", ["redirect", "file"])
@@ -4729,8 +4756,9 @@ def test_interim_answers_without_end_are_given_up(status, pauses):
             connection.send(f"HTTP/1.1 {status} Wait\r\n\r\n" * 100)
 
     with RawServer(script) as server, configuration(server.url, max_retries=0, timeout=10) as config:
-        with pytest.raises(xtask.ModuleException):
+        with pytest.raises(xtask.ModuleException) as failed:
             CALLS["GET"](config)
+        assert (failed.value.status_code, failed.value.answered) == (500, False)
 
 
 def test_connecting_takes_no_longer_than_any_other_wait():
@@ -4820,7 +4848,8 @@ class Proxy(RawServer):
     def proxy(self, connection, number):
         for method, target, headers, _ in iter(connection.request, None):
             if self.basic and headers.get("proxy-authorization") != self.basic:
-                connection.answer(407, b"", [("Proxy-Authenticate", "Basic")], reason="Who are you?")
+                asked = headers.get("proxy-authorization", "")
+                connection.answer(407, b"", [("Proxy-Authenticate", "Basic")], reason=f"Who is {asked}?")
             elif method == "CONNECT":
                 return self.tunnel(connection, int(target.rpartition(":")[2]))
             elif target.endswith("moved.txt"):
@@ -4881,7 +4910,7 @@ def test_a_tunnel_names_the_port_that_the_url_leaves_out(monkeypatch):
     with RawServer(refuse) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         with configuration("https://api.invalid", max_retries=0) as config:
-            with pytest.raises(xtask.ModuleException, match="refused the tunnel: 403 No"):
+            with pytest.raises(xtask.ModuleException, match="refused the tunnel: 403 Forbidden$"):
                 CALLS["GET"](config)
         (method, target, headers, _), = proxy.requests
     assert (method, target, headers["host"]) == ("CONNECT", "api.invalid:443", "api.invalid:443")
@@ -4964,16 +4993,27 @@ HEADS_OF_ANSWERS = {
     "it closes": ("HTTP/1.1 200 OK|Connection: Close|Content-Length: #||", 2),
     "HTTP/1.0 closes": ("HTTP/1.0 200 OK|Content-Length: #||", 2),
     "HTTP/1.0 that stays": ("HTTP/1.0 200 OK|Connection: Keep-Alive|Content-Length: #||", 1),
+    "HTTP/1.0 in two minds": ("HTTP/1.0 200 OK|Connection: keep-alive, close|Content-Length: #||", 2),
+    "in two minds": ("HTTP/1.1 200 OK|Connection: keep-alive|Connection: close|Content-Length: #||", 2),
     "no length": ("HTTP/1.1 200 OK||", 2),
-    "a length that is none": ("HTTP/1.1 200 OK|Content-Length: -7||", 2),
-    "a length of many digits": (f"HTTP/1.1 200 OK|Content-Length: {'9' * 5000}||", 2),
+    "an empty length": ("HTTP/1.1 200 OK|Content-Length:||", 2),
+    "a length twice": ("HTTP/1.1 200 OK|Content-Length: #|Content-Length: # , #||", 1),
+    "two lengths": ("HTTP/1.1 200 OK|Content-Length: 3|Content-Length: #||", 0),
+    "two lengths in one": ("HTTP/1.1 200 OK|Content-Length: #, 3||", 0),
+    "a length that is none": ("HTTP/1.1 200 OK|Content-Length: -7||", 0),
+    "a length of many digits": (f"HTTP/1.1 200 OK|Content-Length: {'9' * 5000}||", 0),
+    "a coding that changes nothing": ("HTTP/1.1 200 OK|Transfer-Encoding: Identity|Content-Length: #||", 1),
+    "a coding before chunked": ("HTTP/1.1 200 OK|Transfer-Encoding: gzip|Transfer-Encoding: chunked||", 0),
+    "a coding after chunked": ("HTTP/1.1 200 OK|Transfer-Encoding: chunked|Transfer-Encoding: gzip||", 0),
     "another version": ("HTTP/2 200 OK|Content-Length: #||", 0),
     "another protocol": ("ICY 200 OK|Content-Length: #||", 0),
     "a status of four digits": ("HTTP/1.1 2000 OK|Content-Length: #||", 0),
     "a status below all": ("HTTP/1.1 020 OK|Content-Length: #||", 0),
     "no status": ("HTTP/1.1 OK|Content-Length: #||", 0),
     "a coding that is unknown": ("HTTP/1.1 200 OK|Transfer-Encoding: gzip|Content-Length: #||", 0),
-    "too many lines": (f"HTTP/1.1 200 OK|{'a: b|' * 300}Content-Length: #||", 0),
+    "many lines": (f"HTTP/1.1 200 OK|{'a: b|' * 300}Content-Length: #||", 1),
+    "a long head": (f"HTTP/1.1 200 OK|{('a: ' + 'b' * 995 + '|') * 65}Content-Length: #||", 1),
+    "too many lines": (f"HTTP/1.1 200 OK|{'a: b|' * 12_000}Content-Length: #||", 0),
     "a very long line": (f"HTTP/1.1 200 OK {'x' * 70_000}|Content-Length: #||", 0),
 }
 
@@ -4995,6 +5035,48 @@ def test_heads_are_read_as_rfc_9112_has_them(head, connections, pauses):
             with pytest.raises(xtask.ModuleException) as failed:
                 xtask.Task.load("t-1", config)
             assert (failed.value.status_code, failed.value.answered) == (500, False)
+
+
+# What comes after such a head is the next answer, unless the connection is not used again.
+UNSURE_HEADS = {
+    "chunks and a length": "HTTP/1.1 200 OK|Transfer-Encoding: chunked|Content-Length: 3||{chunks}",
+    "chunks in HTTP/1.0": "HTTP/1.0 200 OK|Transfer-Encoding: chunked|Connection: keep-alive||{chunks}",
+    "a 204 with a length": "HTTP/1.1 204 No Content|Content-Length: 4||",
+    "a 204 with chunks": "HTTP/1.1 204 No Content|Transfer-Encoding: chunked||",
+}
+
+
+@pytest.mark.parametrize("head", UNSURE_HEADS.values(), ids=UNSURE_HEADS)
+def test_a_body_whose_end_is_not_sure_is_the_last_of_its_connection(head):
+    text = head.replace("|", "\r\n").format(chunks=f"{len(BODY):x}\r\n{BODY.decode()}\r\n0\r\n\r\n")
+
+    def script(connection, number):
+        while request := connection.request():
+            connection.send(text if request[0] == "DELETE" else b"HTTP/1.1 200 OK\r\n\r\n" + BODY)
+            if request[0] == "GET":
+                return
+
+    with RawServer(script) as server:
+        assert make_task(server.config).stop().reload().title == "read"
+        assert server.connections == len(server.requests) == (3 if " 204 " in head else 2)
+
+
+def test_no_length_of_a_line_makes_a_body_of_what_follows_it():
+    honest = json.dumps(task_dict(title="honest"))
+    forged = honest.replace("honest", "forged")
+
+    def script(connection, number):
+        for _, path, _, _ in iter(connection.request, None):
+            line = "X: " + "a" * int(path.split("/")[2])
+            lines = "HTTP/1.1 200 OK", line, forged, f"Content-Length: {len(honest)}", "", honest
+            connection.send("\r\n".join(lines))
+
+    with RawServer(script) as server, configuration(server.url, max_retries=0) as config:
+        for length in [9, *range(2**16 - 30, 2**16 + 5), 2**17 - 1, 2**17]:
+            try:
+                assert xtask.Task.load(str(length), config).title == "honest"
+            except xtask.ModuleException as error:
+                assert length > 9 and "head" in str(error)
 
 
 ODD_HEADS = {
@@ -5213,6 +5295,14 @@ def test_five_redirects_are_followed_and_no_sixth():
         assert first == "arrived"
         assert second.startswith("Error: ") and "127.0.0.1" not in second
         assert len(server.requests) == 6 + 6
+
+
+def test_a_redirect_to_a_url_of_megabytes_costs_nothing():
+    began = time.process_time()
+    with RawServer(site({"/a.txt": moved("/" + "\xff" * 4_000_000), "/b.txt": b"good"})) as server:
+        assert read_files(server, "/a.txt", "/b.txt") == [FAILED, "good"]
+        assert [path for _, path, *_ in server.requests if path not in ("/a.txt", "/b.txt")] == []
+    assert time.process_time() - began < 2
 
 
 def test_a_redirect_to_another_host_asks_that_host_by_its_name(names):

@@ -66,6 +66,7 @@ __all__ = [
 # ---- Limits ------------------------------------------------------------------------------------------------
 
 _MAX_EVENT = 16 * 2**20  # bytes between two blank lines of a stream
+_MAX_HEAD = 64 * 2**10  # bytes of an answer's head
 _MAX_ANSWER = 64 * 2**20  # bytes of a JSON answer
 _MAX_FILE = 10 * 2**20  # bytes of one input file
 _MAX_FILES = 32 * 2**20  # bytes of all input files of one call
@@ -490,8 +491,10 @@ class Configuration:
         api_key = _setting(api_key, "XPANDER_API_KEY")
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("api_key must be printable ASCII: look for stray characters around it")
-        if not all(seconds and 0 < seconds <= threading.TIMEOUT_MAX for seconds in (timeout, idle_timeout)):
-            raise ValueError("timeout and idle_timeout must be finite numbers of seconds above 0")
+        if not all(isinstance(it, (int, float)) and 0 < it < 2**21 for it in (timeout, idle_timeout)):
+            raise ValueError("timeout and idle_timeout must be numbers of seconds above 0 and below 24 days")
+        if not isinstance(max_retries, int):
+            raise ValueError("max_retries must be a whole number")
         staging = "stg." if os.environ.get("IS_STG", "").strip().lower() == "true" else ""
         root = (_setting(base_url, "XPANDER_BASE_URL") or f"https://inbound.{staging}xpander.ai").partition("?")[0]
         root = root if "://" in root else f"https://{root}"
@@ -892,12 +895,14 @@ class Task(_Record):
     def _save(self, always: Dict[str, Any]) -> Task:
         """Send what differs from what the server last told, and these values even if they do not."""
         with self._lock("saves"):  # two on their way may arrive in any order
-            told, before = self._told, self.to_dict()
-            while told is not self._told:  # until both are of one moment
+            while True:  # until all is of one moment
                 told, before = self._told, self.to_dict()
-            known = {name: value for name, value in json.loads(told).items() if name not in always}
-            if always:  # by the next save too, if this one fails
-                told = self._told = json.dumps(known)
+                known = {name: value for name, value in json.loads(told).items() if name not in always}
+                with self._lock("answers"):
+                    if told is self._told:
+                        if always:  # which then differs for the next save too, if this one fails
+                            told = self._told = json.dumps(known)
+                        break
             if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
                 raise ValueError("internal_status has more than the 255 characters the platform takes")
             changed = _changed(known, before)
@@ -942,7 +947,7 @@ class Task(_Record):
             return True
 
     def _keep(self, now: Task, told: _Text, before: Dict[str, Any]) -> None:
-        """Take from what is here `now` that which was changed since `before`."""
+        """Take into this answer what was changed since `before` in the task that is here `now`."""
         values = now.to_dict()
         changed = _changed(before, values)
         if now._told is not told:  # what is as the server told it is no change of the user's
@@ -983,8 +988,10 @@ _AGAIN: _Again = (429, 502, 503, 504), _BROKEN
 _AGAIN_POST: _Again = (429,), (ConnectionRefusedError,)  # what it did before a connection broke is not known
 _AGAIN_STREAM: _Again = (429, *range(500, 600)), _TIMEOUTS + _BROKEN
 # RFC 9112, sections 4 and 5; a line that is no field is passed over
-_STATUS_LINE = re.compile(rb"HTTP/1\.(\d) +([1-9]\d\d)(?!\S) *([^\r\n]*)\r?\n")
+_STATUS_LINE = re.compile(rb"HTTP/1\.(\d) +([1-9]\d\d)(?!\S)[^\r\n]*\r?\n")
 _FIELD, _FOLD = re.compile(r"(?m)^([!-9;-~]+):([^\r\n]*)\r?$"), re.compile(r"\r?\n[ \t]+")
+_NO_LINE = b"\r\n", b"\n", b""
+_LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # section 6.3: the same one several times is one
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")  # RFC 9112, section 7.1
 _jitter = random.SystemRandom().uniform  # the generator that `random.seed` sets is the program's
 # A host first; neither "@" (a user name), nor what parsers of URLs read in two ways
@@ -1053,37 +1060,41 @@ class _Response(http.client.HTTPResponse):
         http.client takes one that was cut off for a whole one, and its e-mail parser costs a sixth of a call.
         """
         for _ in range(10):  # interim answers (RFC 9110, section 15.2): http.client skips 100 alone
-            lines = [self.fp.readline(65537)]
-            while lines[0].startswith(b"HTTP/") and lines[-1].rstrip(b"\r\n") and len(lines) < 200:
-                lines.append(self.fp.readline(65537))
-            status = _STATUS_LINE.match(lines[0])
+            line = self.fp.readline(_MAX_HEAD)
+            head = bytearray(line)
+            while head.startswith(b"HTTP/") and line not in _NO_LINE and len(head) < _MAX_HEAD:
+                line = self.fp.readline(_MAX_HEAD - len(head))
+                head += line
+            status = _STATUS_LINE.match(head)
             if not status or status[2] == b"101" or status[2][:1] != b"1":  # the second is a last one
                 break
-        if lines == [b""]:
+        else:
+            status = None  # none but interim ones
+        if not head:
             raise http.client.RemoteDisconnected("it hung up without an answer")
-        if not lines[-1].endswith(b"\n") and len(lines[-1]) < 65537:
-            raise http.client.IncompleteRead(lines[-1])
-        if not status or lines[-1].rstrip(b"\r\n"):
+        if not line.endswith(b"\n") and len(head) < _MAX_HEAD:
+            raise http.client.IncompleteRead(line)
+        if not status or line not in _NO_LINE:
             raise http.client.HTTPException("what it sent has no head of HTTP/1, or a very long one")
         self.version, self.status = 10 if status[1] == b"0" else 11, int(status[2])
-        self.code, self.reason = self.status, status[3].decode("latin-1").strip()
-        self.headers = self.msg = http.client.HTTPMessage()
-        for name, value in _FIELD.findall(_FOLD.sub(" ", b"".join(lines).decode("latin-1"))):
+        self.headers = http.client.HTTPMessage()
+        for name, value in _FIELD.findall(_FOLD.sub(" ", head.decode("latin-1"))):
             self.headers[name] = value.strip(" \t")
-        self._frame(self.headers.get("Transfer-Encoding", ""), self.headers.get("Content-Length", ""))
+        names = "Transfer-Encoding", "Content-Length", "Connection"
+        self._frame(*(", ".join(self.headers.get_all(name, [])).lower() for name in names))
 
-    def _frame(self, coding: str, length: str) -> None:
-        """Where the body ends, and whether the connection may serve another request."""
-        self.chunked = coding.lower() == "chunked"
-        if coding and not self.chunked:
-            raise http.client.HTTPException("its Transfer-Encoding is another than chunked")
-        sized = not self.chunked and re.fullmatch("[0-9]{1,18}", length)
-        self.length = int(length) if sized else None
+    def _frame(self, coding: str, length: str, connection: str) -> None:
+        """Where the body ends (section 6.3), and whether that is sure enough for another answer to follow."""
+        self.chunked, sized = coding == "chunked", _LENGTH.fullmatch(length)
+        if coding not in ("", "identity", "chunked") or length and not (sized or self.chunked):
+            raise http.client.HTTPException("its Transfer-Encoding or Content-Length is none that is known")
+        self.length = int(sized[1]) if sized and not self.chunked else None
+        sure = self.length is not None or self.chunked and not length and self.version == 11
         if self.status < 200 or self.status in (204, 304):
+            sure = self.status == 304 or not (self.chunked or self.length)  # old frameworks send a 204 a body
             self.length = 0
-        said = self.headers.get("Connection", "").lower()
-        stays = "keep-alive" in said if self.version == 10 else "close" not in said
-        self.will_close = not stays or self.length is None and not self.chunked
+        stays = "close" not in connection and (self.version == 11 or "keep-alive" in connection)
+        self.will_close = not (sure and stays)
 
     def read_some(self) -> bytes:
         """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off."""
@@ -1171,7 +1182,8 @@ class _Connection(http.client.HTTPConnection):
         with _Response(self.sock, method="CONNECT") as answer:
             answer.begin()
             if answer.status != 200:
-                raise OSError(f"the proxy refused the tunnel: {answer.status} {answer.reason}")
+                reason = http.client.responses.get(answer.status, "")  # its own may repeat the password
+                raise OSError(f"the proxy refused the tunnel: {answer.status} {reason}")
 
     def is_usable(self) -> bool:
         """Whether it is fresh, of this process and silent: an idle one only says that it ends."""
@@ -1299,7 +1311,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         if request.hops >= _MAX_REDIRECTS:
             raise ModuleException(response.status, f"redirected more than {_MAX_REDIRECTS} times")
         following = _Request("GET", _clean_url(target, "a redirect"), request.given, request.line)
-        following.guarded, following.hops = request.guarded, request.hops + 1
+        following.guarded, following.keep, following.hops = request.guarded, request.keep, request.hops + 1
         return self.parent.open(following, timeout=request.timeout)
 
     https_open, https_response = http_open, http_response
@@ -1786,7 +1798,7 @@ def _bell(loop: Any) -> Callable[[Any, Any], None]:
     return put
 
 
-# By loop, as long as it has streams: each refers to its loop, which would never go
+# One for each loop that has streams; weak, because a bell refers to its loop and would keep it for ever
 _bells: weakref.WeakValueDictionary[Any, Callable[[Any, Any], None]] = weakref.WeakValueDictionary()
 
 
