@@ -4761,6 +4761,17 @@ def test_interim_answers_without_end_are_given_up(status, pauses):
         assert (failed.value.status_code, failed.value.answered) == (500, False)
 
 
+def test_a_101_is_a_last_answer(pauses):
+    def script(connection, number):
+        connection.request()
+        connection.send("HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")
+        connection.wait_closed()
+
+    with RawServer(script) as server, pytest.raises(xtask.ModuleException) as failed:
+        CALLS["GET"](server.config)
+    assert (failed.value.status_code, failed.value.answered) == (101, True)
+
+
 def test_connecting_takes_no_longer_than_any_other_wait():
     with socket.create_server(("127.0.0.1", 0)) as silent_under_tls:
         url = "https://127.0.0.1:%d" % silent_under_tls.getsockname()[1]

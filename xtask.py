@@ -1091,7 +1091,7 @@ class _Response(http.client.HTTPResponse):
         self.length = int(sized[1]) if sized and not self.chunked else None
         sure = self.length is not None or self.chunked and not length and self.version == 11
         if self.status < 200 or self.status in (204, 304):
-            sure = self.status == 304 or not (self.chunked or self.length)  # old frameworks send a 204 a body
+            sure = not (self.chunked or self.length)  # a 204 that tells of a body may send one
             self.length = 0
         stays = "close" not in connection and (self.version == 11 or "keep-alive" in connection)
         self.will_close = not (sure and stays)
