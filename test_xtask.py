@@ -4761,15 +4761,17 @@ def test_interim_answers_without_end_are_given_up(status, pauses):
         assert (failed.value.status_code, failed.value.answered) == (500, False)
 
 
-def test_a_101_is_a_last_answer(pauses):
+def test_a_101_is_a_last_answer_also_of_its_connection(pauses):
     def script(connection, number):
-        connection.request()
-        connection.send("HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")
-        connection.wait_closed()
+        while connection.request():
+            connection.send("HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")
 
-    with RawServer(script) as server, pytest.raises(xtask.ModuleException) as failed:
-        CALLS["GET"](server.config)
-    assert (failed.value.status_code, failed.value.answered) == (101, True)
+    with RawServer(script) as server:
+        for connections in (1, 2):
+            with pytest.raises(xtask.ModuleException) as failed:
+                CALLS["GET"](server.config)
+            assert (failed.value.status_code, failed.value.answered) == (101, True)
+            assert server.connections == connections
 
 
 def test_connecting_takes_no_longer_than_any_other_wait():

@@ -899,9 +899,8 @@ class Task(_Record):
                 told, before = self._told, self.to_dict()
                 known = {name: value for name, value in json.loads(told).items() if name not in always}
                 with self._lock("answers"):
-                    if told is self._told:
-                        if always:  # which then differs for the next save too, if this one fails
-                            told = self._told = json.dumps(known)
+                    if told is self._told:  # without `always`: the next save, too, sends it if this one fails
+                        told = self._told = json.dumps(known) if always else told
                         break
             if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
                 raise ValueError("internal_status has more than the 255 characters the platform takes")
@@ -1091,7 +1090,8 @@ class _Response(http.client.HTTPResponse):
         self.length = int(sized[1]) if sized and not self.chunked else None
         sure = self.length is not None or self.chunked and not length and self.version == 11
         if self.status < 200 or self.status in (204, 304):
-            sure = not (self.chunked or self.length)  # a 204 that tells of a body may send one
+            # a 204 that tells of a body may send one; after a 101 it is another protocol
+            sure = self.status >= 200 and not (self.chunked or self.length)
             self.length = 0
         stays = "close" not in connection and (self.version == 11 or "keep-alive" in connection)
         self.will_close = not (sure and stays)
@@ -1289,7 +1289,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         """Keep the connection of an answer that was read to its end."""
         connection = response.connection
         whole = response.rest == (b"\r\n" if response.ended else b"")  # no trailers, no further answer
-        may_stay = request.keep and whole and response.status >= 200 and len(self.idle) < _KEEP_CONNECTIONS
+        may_stay = request.keep and whole and len(self.idle) < _KEEP_CONNECTIONS
         if connection and connection.sock and may_stay:  # one that is to close has no socket any more
             # so that no hang-up reaches whoever uses it next, and no large body stays with it
             response.connection = request.line.socket = request.data = None
