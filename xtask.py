@@ -37,7 +37,7 @@ import time
 import urllib.parse
 import weakref
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import Enum
 from typing import (
@@ -122,20 +122,23 @@ class ModuleException(Exception):
 
     `status_code` is the HTTP status, 500 where there is none; `description` says what happened;
     `details` is the parsed body of the response or None; `answered` is False where no server said
-    it (no connection, a timeout, a missing setting). The cause is chained.
+    it (no connection, a timeout, a missing setting); `headers` are those of the response, with
+    names in lower case, or None. The cause is chained.
     """
 
     _sent = True  # False where connecting failed, so that the server saw nothing of the request
-    _retry_after: Optional[float] = None  # seconds, as the server asked
 
     def __init__(
-        self, status_code: int, description: str, details: Any = None, answered: bool = True
+        self,
+        status_code: int,
+        description: str,
+        details: Any = None,
+        answered: bool = True,
+        headers: Optional[Dict[str, str]] = None,
     ) -> None:
-        super().__init__(status_code, description, details, answered)
-        self.status_code = status_code
-        self.description = description
-        self.details = details
-        self.answered = answered
+        super().__init__(status_code, description, details, answered, headers)
+        self.status_code, self.description, self.details = status_code, description, details
+        self.answered, self.headers = answered, headers
 
     def __str__(self) -> str:
         return f"[{self.status_code}] {self.description}"
@@ -148,6 +151,11 @@ class _URLRejected(OSError, ValueError):
     """A URL that must not be opened: not http(s), or untrusted with a non-public address."""
 
 
+def _debug(message: str, *arguments: Any) -> None:
+    if logging := sys.modules.get("logging"):  # whoever wants to see it has imported it
+        logging.getLogger(__name__).debug(message, *arguments)
+
+
 def _warn(message: str, *arguments: Any) -> None:
     import logging  # 19 ms of import that most runs never need
 
@@ -155,11 +163,11 @@ def _warn(message: str, *arguments: Any) -> None:
 
 
 _SECRETS = ("access_token", "user_tokens", "user_oidc_token", "api_key", "x-api-key")
-_URL_WITH_QUERY = re.compile(r"(?is)(\s*[a-z][a-z\d+.-]*://[^?]*\?).+")
+_URL_PARTS = re.compile(r"(?is)(\s*[a-z][a-z\d+.-]*://)([^/?#]*@)?([^?]*)(\?.+)?")
 
 
 def _redact(value: Any, depth: int = 100) -> Any:
-    """The value without secrets and the queries of URLs, for everything a person may see."""
+    """The value without secrets, and URLs without passwords and queries, for all that is shown."""
     if isinstance(value, (dict, list, tuple)) and not depth:
         return "..."
     if isinstance(value, dict):
@@ -169,8 +177,10 @@ def _redact(value: Any, depth: int = 100) -> Any:
         }
     if isinstance(value, (list, tuple)):
         return [_redact(item, depth - 1) for item in value]
-    url = _URL_WITH_QUERY.fullmatch(value) if isinstance(value, str) else None
-    return url[1] + "***" if url else value
+    url = _URL_PARTS.fullmatch(value) if isinstance(value, str) else None
+    if url and (url[2] or url[4]):
+        return url[1] + ("***@" if url[2] else "") + url[3] + ("?***" if url[4] else "")
+    return value
 
 
 def _repr(owner: Any, values: Mapping[str, Any]) -> str:
@@ -247,12 +257,30 @@ class TaskUpdateEventType(_OpenEnum):
     PlanUpdated = "plan_updated"
     TaskCompactization = "task_compactization"
     ContextStatus = "context_status"
+    AgentGatewayDecision = "agent_gateway_decision"
+    ProcessStateChanged = "process_state_changed"
+    ProcessUpdate = "process_update"
+    GatewaySteerApplied = "gateway_steer_applied"
+    AskUserQuestions = "ask_user_questions"
+    SubTaskCreated = "sub_task_created"
+    SubTaskUpdated = "sub_task_updated"
+    SubTaskFinished = "sub_task_finished"
+    InviteMember = "invite_member"
+    MemberInvited = "member_invited"
+    AskForSecret = "ask_for_secret"
+    SecretSaved = "secret_saved"
+    LiveSurfaceCreated = "live_surface_created"
+    InlineCard = "inline_card"
 
 
 # ---- Records: JSON objects as dataclasses, without loss ------------------------------------------
 
 _R = TypeVar("_R", bound="_Record")
 _T = TypeVar("_T")
+_Str = Optional[str]
+_StrList = Optional[List[str]]
+_Bool = Optional[bool]
+_JsonObject = Optional[Dict[str, Any]]
 _Time = Union[datetime, str, None]
 _OLD_DATETIME = sys.version_info < (3, 11)
 
@@ -371,28 +399,56 @@ class _Record:
     def __repr__(self) -> str:
         return _repr(self, self._values())
 
+    if not TYPE_CHECKING:  # type checkers see the fields alone
+
+        def __getattr__(self, name: str) -> Any:
+            extra = self.__dict__.get("extra") or {}
+            if name in extra and not name.startswith("_"):
+                return extra[name]
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+class _SentRecord(_Record):
+    """A record that a save sends, so that a misspelt field must not be lost in silence."""
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            cls = type(self)
+            if name == "extra" or name in cls._schema().defaults or hasattr(cls, name):
+                super().__setattr__(name, value)
+            elif name in self.extra and not name.startswith("_"):
+                self.extra[name] = value
+            else:
+                raise AttributeError(
+                    f"{cls.__name__} has no field {name!r}; to add one that is newer than this "
+                    f"file: .extra[{name!r}] = ..."
+                )
+
 
 @dataclass(repr=False, eq=False)
-class User(_Record):
+class User(_SentRecord):
     """The user whom a task is run for. The platform requires `email`."""
 
-    email: Optional[str] = None
-    id: Optional[str] = None
-    first_name: Optional[str] = None
-    last_name: Optional[str] = None
-    additional_attributes: Optional[Dict[str, Any]] = None
-    timezone: Optional[str] = None
-    display_name: Optional[str] = None
+    email: _Str = None
+    id: _Str = None
+    first_name: _Str = None
+    last_name: _Str = None
+    additional_attributes: _JsonObject = None
+    timezone: _Str = None
+    display_name: _Str = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(repr=False, eq=False)
-class AgentExecutionInput(_Record):
-    """The input of a task: a text, URLs of files, and the user who asks."""
+class AgentExecutionInput(_SentRecord):
+    """The input of a task: a text, URLs of files, files with a description, and who asks."""
 
-    text: Optional[str] = None
-    files: Optional[List[str]] = None
+    text: _Str = None
+    files: _StrList = None
     user: Optional[User] = _converted(User.from_dict, dict)
+    attachments: Optional[List[Dict[str, Any]]] = None
+    principal: _JsonObject = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -400,9 +456,13 @@ class AgentExecutionInput(_Record):
 class ToolCallRequestReasoning(_Record):
     """Why a tool is called."""
 
-    title: Optional[str] = None
-    description: Optional[str] = None
+    title: _Str = None
+    description: _Str = None
     extra: Dict[str, Any] = field(default_factory=dict)
+
+
+def _reasoning() -> Any:
+    return _converted(ToolCallRequestReasoning.from_dict, dict)
 
 
 @dataclass(repr=False, eq=False)
@@ -411,14 +471,12 @@ class ToolCallRequest(_Record):
 
     request_id: str
     operation_id: str
-    tool_call_id: Optional[str] = None
-    graph_node_id: Optional[str] = None
-    tool_name: Optional[str] = None
+    tool_call_id: _Str = None
+    graph_node_id: _Str = None
+    tool_name: _Str = None
     payload: Any = None
-    reasoning: Optional[ToolCallRequestReasoning] = _converted(
-        ToolCallRequestReasoning.from_dict, dict
-    )
-    plan_task_id: Optional[str] = None
+    reasoning: Optional[ToolCallRequestReasoning] = _reasoning()
+    plan_task_id: _Str = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -427,7 +485,7 @@ class ToolCallResult(ToolCallRequest):
     """The result of a tool call."""
 
     result: Any = None
-    is_error: Optional[bool] = None
+    is_error: _Bool = None
 
 
 # ---- Activity log --------------------------------------------------------------------------------
@@ -437,8 +495,8 @@ class ToolCallResult(ToolCallRequest):
 class AgentActivityThreadMessageContent(_Record):
     """The text of a message and the URLs of its files."""
 
-    text: Optional[str] = None
-    files: Optional[List[str]] = None
+    text: _Str = None
+    files: _StrList = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -467,10 +525,8 @@ class AgentActivityThreadToolCall(_Entry):
 
     tool_name: str = ""
     payload: Any = None
-    is_error: Optional[bool] = None
-    reasoning: Optional[ToolCallRequestReasoning] = _converted(
-        ToolCallRequestReasoning.from_dict, dict
-    )
+    is_error: _Bool = None
+    reasoning: Optional[ToolCallRequestReasoning] = _reasoning()
     result: Any = None
 
 
@@ -479,24 +535,22 @@ class AgentActivityThreadReasoning(_Entry):
     """A thought of the agent."""
 
     type: AgentActivityThreadReasoningType = _converted(AgentActivityThreadReasoningType)
-    title: Optional[str] = None
+    title: _Str = None
     confidence: Optional[float] = None
-    thought: Optional[str] = None
-    action: Optional[str] = None
-    result: Optional[str] = None
-    analysis: Optional[str] = None
+    thought: _Str = None
+    action: _Str = None
+    result: _Str = None
+    analysis: _Str = None
 
 
 @dataclass(repr=False, eq=False)
 class AgentActivityThreadSubAgentTrigger(_Entry):
     """A request to another agent."""
 
-    agent_id: Optional[str] = None
-    query: str = ""
-    files: Optional[List[str]] = None
-    reasoning: Optional[ToolCallRequestReasoning] = _converted(
-        ToolCallRequestReasoning.from_dict, dict
-    )
+    agent_id: _Str = None
+    query: _Str = None
+    files: _StrList = None
+    reasoning: Optional[ToolCallRequestReasoning] = _reasoning()
 
 
 @dataclass(repr=False, eq=False)
@@ -512,6 +566,13 @@ class AgentActivityThreadOtherEntry(_Entry):
 
 
 _AUTH_TYPES = ("not_supported", "login_required", "token_issue", "token_ready")
+_GATEWAY_ACTIONS = [
+    "create_execution",
+    "ask_execution",
+    "stop_execution",
+    "continue_execution",
+    "get_executions_result",
+]
 
 
 def _parse_entry(entry: Any) -> Any:
@@ -520,7 +581,9 @@ def _parse_entry(entry: Any) -> Any:
         return entry
     kind = entry.get("type")
     cls: Type[_Entry] = AgentActivityThreadAuth
-    if "role" in entry and "content" in entry:
+    if entry.get("action") in _GATEWAY_ACTIONS:
+        fits = False
+    elif "role" in entry and "content" in entry:
         cls = AgentActivityThreadMessage
         fits = entry["role"] in ("user", "agent") and isinstance(entry["content"], dict)
     elif "tool_name" in entry:
@@ -529,7 +592,8 @@ def _parse_entry(entry: Any) -> Any:
         texts = map(entry.get, ("title", "thought", "action", "result", "analysis"))
         cls, fits = AgentActivityThreadReasoning, {*map(type, texts)} <= {str, type(None)}
     elif "query" in entry:
-        cls, fits = AgentActivityThreadSubAgentTrigger, isinstance(entry["query"], str)
+        cls = AgentActivityThreadSubAgentTrigger
+        fits = isinstance(entry["query"], (str, type(None)))
     else:
         fits = "data" in entry and kind in _AUTH_TYPES
     return (cls if fits else AgentActivityThreadOtherEntry).from_dict(entry)
@@ -552,6 +616,13 @@ class AgentActivityThread(_Entry):
 # ---- Configuration -------------------------------------------------------------------------------
 
 
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+
+def _is_header_value(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isprintable()
+
+
 def _from_env(value: Optional[str], variable: str) -> Optional[str]:
     return (value or "").strip() or os.environ.get(variable, "").strip() or None
 
@@ -563,18 +634,20 @@ class Configuration:
     Unset values come from XPANDER_API_KEY, XPANDER_ORGANIZATION_ID and XPANDER_BASE_URL, when the
     object is made. `timeout`: the longest single wait for the network, in seconds. `max_retries`:
     how often a failed request is sent again. `idle_timeout`: seconds of silence after which a
-    stream is opened anew. `ssl_context`: instead of `ssl.create_default_context()`.
+    stream is opened anew. `ssl_context`: instead of `ssl.create_default_context()`. `headers`: more
+    headers for the API and the events, for gateways that ask for them; never sent for files.
     `trusted_file_hosts`: hosts to fetch files from although their address is not public. A pickle
-    carries the key. ValueError: a value that cannot be used.
+    carries the key and the headers. ValueError: a value that cannot be used.
     """
 
-    api_key: Optional[str] = field(repr=False)
+    api_key: _Str = field(repr=False)
     organization_id: Optional[str]
     base_url: str
     timeout: float
     max_retries: int
     idle_timeout: float
     ssl_context: Optional[ssl.SSLContext]
+    headers: Mapping[str, str] = field(repr=False, hash=False)
     trusted_file_hosts: Tuple[str, ...]
 
     def __init__(
@@ -587,11 +660,18 @@ class Configuration:
         max_retries: int = 2,
         idle_timeout: float = 90.0,
         ssl_context: Optional[ssl.SSLContext] = None,
+        headers: Optional[Mapping[str, str]] = None,
         trusted_file_hosts: Iterable[str] = (),
     ) -> None:
         api_key = _from_env(api_key, "XPANDER_API_KEY")
-        if api_key and not (api_key.isascii() and api_key.isprintable()):
+        if not _is_header_value(api_key or ""):
             raise ValueError("api_key must be printable ASCII: look for stray characters around it")
+        headers = dict(headers or {})
+        for name, value in headers.items():
+            if not (isinstance(name, str) and _HEADER_NAME.fullmatch(name)):
+                raise ValueError("the names of headers must be tokens (RFC 9110, section 5.6.2)")
+            if not _is_header_value(value):
+                raise ValueError(f"the value of the header {name} must be printable ASCII")
         for seconds in (timeout, idle_timeout):
             if not (isinstance(seconds, (int, float)) and 0 < seconds < 2**21):
                 raise ValueError("timeout and idle_timeout are seconds: above 0, below 2**21")
@@ -610,6 +690,7 @@ class Configuration:
             max_retries=max_retries,
             idle_timeout=idle_timeout,
             ssl_context=ssl_context,
+            headers=headers,
             trusted_file_hosts=tuple(
                 map(_normal_host, [hosts] if isinstance(hosts, str) else hosts)
             ),
@@ -672,17 +753,15 @@ def _path(route: str, ids: Mapping[str, Any]) -> str:
     return route.format(**quoted)
 
 
-_shared: Dict[Tuple[Optional[str], ...], Configuration] = {}
+@functools.lru_cache(maxsize=16)
+def _shared_configuration(*environment: Optional[str]) -> Configuration:
+    return Configuration()
 
 
 def _default_configuration() -> Configuration:
     """The one configuration of this environment, so that calls in a loop share a connection."""
     names = ("XPANDER_API_KEY", "XPANDER_ORGANIZATION_ID", "XPANDER_BASE_URL", "IS_STG")
-    key = tuple(map(os.environ.get, names))
-    if len(_shared) >= 16 and key not in _shared:
-        _shared.clear()  # an environment that keeps changing must not fill the memory
-    # setdefault is atomic: all threads get the same one
-    return _shared.get(key) or _shared.setdefault(key, Configuration())
+    return _shared_configuration(*map(os.environ.get, names))
 
 
 # ---- Task ----------------------------------------------------------------------------------------
@@ -717,17 +796,17 @@ class TasksListItem(_Record):
     """A task as `Task.list` gives it; `load()` gives the whole one."""
 
     id: str
-    agent_id: Optional[str] = None
-    organization_id: Optional[str] = None
+    agent_id: _Str = None
+    organization_id: _Str = None
     status: Optional[AgentExecutionStatus] = _converted(AgentExecutionStatus)
-    user_id: Optional[str] = None
-    parent_task_id: Optional[str] = None
-    triggering_agent_id: Optional[str] = None
+    user_id: _Str = None
+    parent_task_id: _Str = None
+    triggering_agent_id: _Str = None
     created_at: _Time = _converted(_parse_time)
     updated_at: _Time = _converted(_parse_time)
-    source_node_type: Optional[str] = None
-    result: Optional[str] = None
-    title: Optional[str] = None
+    source_node_type: _Str = None
+    result: _Str = None
+    title: _Str = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> Task:
@@ -737,11 +816,16 @@ class TasksListItem(_Record):
     aload = _async_twin(load)
 
 
+_OTHER_NAMES = {  # of the official SDK
+    "existing_task_id": "id",
+    "user_details": "user",
+    "tool_call_payload_extension": "payload_extension",
+}
 _STATUS_ROUTE = "/agent-execution/{task_id}/status"
 
 
 @dataclass(repr=False, eq=False)
-class Task(_Record):
+class Task(_SentRecord):
     """A task of the platform: the fields of its OpenAPI schema `AgentExecution`.
 
     Change fields, then `save()`. What has no field here is in `extra`, and is kept. All calls raise
@@ -758,31 +842,40 @@ class Task(_Record):
     paused_at: _Time = _converted(_parse_time)
     finished_at: _Time = _converted(_parse_time)
     status: Optional[AgentExecutionStatus] = _converted(AgentExecutionStatus)
-    internal_status: Optional[str] = None
-    result: Optional[str] = None
-    title: Optional[str] = None
-    source: Optional[str] = None
-    additional_context: Optional[str] = None
-    expected_output: Optional[str] = None
-    last_executed_node_id: Optional[str] = None
-    agent_version: Optional[str] = None
-    parent_execution: Optional[str] = None
-    triggering_agent_id: Optional[str] = None
-    worker_id: Optional[str] = None
-    sub_executions: Optional[List[str]] = field(default_factory=list)
-    finished_sub_executions: Optional[List[str]] = field(default_factory=list)
-    is_manually_stopped: Optional[bool] = False
-    events_streaming: Optional[bool] = False
-    used_mutating_tools: Optional[bool] = False
-    is_continuous: Optional[bool] = False
-    disable_attachment_injection: Optional[bool] = False
-    payload_extension: Optional[Dict[str, Any]] = None
-    output_schema: Optional[Dict[str, Any]] = None
+    internal_status: _Str = None
+    result: _Str = None
+    title: _Str = None
+    source: _Str = None
+    additional_context: _Str = None
+    expected_output: _Str = None
+    last_executed_node_id: _Str = None
+    agent_version: _Str = None
+    parent_execution: _Str = None
+    triggering_agent_id: _Str = None
+    worker_id: _Str = None
+    sub_executions: _StrList = field(default_factory=list)
+    finished_sub_executions: _StrList = field(default_factory=list)
+    is_manually_stopped: _Bool = False
+    events_streaming: _Bool = False
+    used_mutating_tools: _Bool = False
+    is_continuous: _Bool = False
+    disable_attachment_injection: _Bool = False
+    payload_extension: _JsonObject = None
+    output_schema: _JsonObject = None
     output_format: Optional[OutputFormat] = _converted(OutputFormat)
-    think_mode: Optional[str] = None
+    think_mode: _Str = None
     mcp_servers: Optional[List[Dict[str, Any]]] = field(default_factory=list)
-    hitl_request: Optional[Dict[str, Any]] = None
-    pending_eca_request: Optional[Dict[str, Any]] = None
+    hitl_request: _JsonObject = None
+    pending_eca_request: _JsonObject = None
+    llm_model_provider: _Str = None
+    llm_model_name: _Str = None
+    llm_reasoning_effort: _Str = None
+    conversation_id: _Str = None
+    instructions_override: _Str = None
+    duration: Optional[float] = None
+    used_tools: _StrList = None
+    tokens: _JsonObject = None
+    deep_planning: _JsonObject = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
     _baseline = "{}"  # what the server said last, as JSON text: it is parsed for a save alone
@@ -843,15 +936,21 @@ class Task(_Record):
         """A new task for an agent. Route: POST /agent-execution/{agent_id}.
 
         Options are the platform's create keys (`events_streaming`, `output_format`, `title`, ...);
-        those that are None are left out. `id=` continues a task, `user=` is a `User` or its dict,
-        `agent_version=` picks a version. Neither prompt nor files nor id: ValueError.
+        those that are None are left out. `user=` (a `User` or its dict), `attachments=` and
+        `principal=` go into the input, `id=` continues a task, `agent_version=` picks a version.
+        Neither prompt nor files, attachments or id: ValueError.
         """
-        if not (prompt or file_urls or options.get("id")):
-            raise ValueError("a task needs a prompt, file_urls or the id of a task to continue")
+        for name in _OTHER_NAMES.keys() & options.keys():
+            raise ValueError(f"{name} is called {_OTHER_NAMES[name]} here")
+        if not (prompt or file_urls or options.get("attachments") or options.get("id")):
+            raise ValueError("a task needs a prompt, file_urls, attachments or an id to continue")
         version = str(options.pop("agent_version", None) or "")
-        if not (version.isascii() and version.isprintable()):
+        if not _is_header_value(version):
             raise ValueError("agent_version must be printable ASCII")
-        asked = {"text": prompt, "files": file_urls or None, "user": options.pop("user", None)}
+        asked = {"text": prompt, "files": file_urls or None}
+        asked.update(
+            {name: options.pop(name, None) for name in ("user", "attachments", "principal")}
+        )
         return cls._request_task(
             configuration or _default_configuration(),
             "/agent-execution/{agent_id}",
@@ -867,12 +966,15 @@ class Task(_Record):
     ) -> List[TasksListItem]:
         """An agent's tasks. Route: GET /agent-execution/executions/history/{agent_id}.
 
-        Filters: `user_id`, `parent_task_id`, `triggering_agent_id`, `status`, `internal_status`.
+        Filters: `user_id`, `parent_task_id`, `triggering_agent_id`, `status`, `internal_status`; a
+        list of values is sent as a repeated key.
         """
+        if "filters" in filters:
+            raise ValueError('give the filters by name: Task.list(agent_id, status="completed")')
         configuration = configuration or _default_configuration()
         route = "/agent-execution/executions/history/{agent_id}"
         url = configuration._api_url(route, {"agent_id": agent_id})
-        if query := urllib.parse.urlencode(_drop_none(filters)):
+        if query := _encode_query(filters):
             url += f"?{query}"
         reply = configuration._transport.call("GET", url)
         items = reply.value
@@ -927,21 +1029,24 @@ class Task(_Record):
         """The server's state, into this object. Unsaved changes are dropped."""
         return self._update(self._request_status())
 
-    def wait_finished(self, timeout: Optional[float] = None) -> Task:
+    def wait_finished(self, timeout: Optional[float] = None, *, or_paused: bool = False) -> Task:
         """Reload until the status is final, with pauses that grow from 0.5 to 5 s.
 
+        `or_paused`: also until it is `paused`, which means that the task waits for a person.
         `TimeoutError` after `timeout` seconds, which are looked at after each reload.
         """
-        for pause in self._pauses(timeout):
+        for pause in self._pauses(timeout, or_paused):
             _wait(pause)
             self.reload()
         return self
 
-    async def await_finished(self, timeout: Optional[float] = None) -> Task:
+    async def await_finished(
+        self, timeout: Optional[float] = None, *, or_paused: bool = False
+    ) -> Task:
         """`wait_finished`, async. No thread waits, so cancelling is immediate."""
         import asyncio
 
-        for pause in self._pauses(timeout):
+        for pause in self._pauses(timeout, or_paused):
             await asyncio.sleep(pause)
             await self.areload()
         return self
@@ -969,14 +1074,14 @@ class Task(_Record):
         url = self.configuration._api_url("/activity/{agent_id}/{task_id}", ids)
         reply = self.configuration._transport.call("GET", url)
         if reply.value in (None, {}):
-            raise ModuleException(404, "No activity log yet")
+            raise reply.response.error(404, "No activity log yet")
         if not isinstance(reply.value, dict):
             raise reply.unexpected("an activity log")
         return AgentActivityThread.from_dict(reply.value)
 
     def get_files(self) -> List[Any]:
         """The PDFs: `agno.media.File` with their bytes where agno is installed, else URLs."""
-        urls = self._file_urls([".pdf"])
+        urls = self._file_urls("pdf")
         try:
             from agno.media import File  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
@@ -987,7 +1092,7 @@ class Task(_Record):
 
     def get_images(self) -> List[Any]:
         """The images: `agno.media.Image` with their URL where agno is installed, else URLs."""
-        urls = self._file_urls(_IMAGES)
+        urls = self._file_urls("image")
         try:
             from agno.media import Image  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
@@ -1001,7 +1106,7 @@ class Task(_Record):
         At most 10 MiB each, 32 MiB and the configuration's `timeout` seconds for the call; one
         that fails has the content "Error: ...". With `disable_attachment_injection`: URLs alone.
         """
-        urls = self._file_urls(_READABLE)
+        urls = self._file_urls("text")
         if self.disable_attachment_injection:
             return [{"url": url} for url in urls]
         contents = map(_decode_file, _fetch_files(self.configuration, urls))
@@ -1061,22 +1166,38 @@ class Task(_Record):
         self.__dict__.update(newer.__dict__)
         return self
 
-    def _pauses(self, timeout: Optional[float]) -> Iterator[float]:
+    def _pauses(self, timeout: Optional[float], or_paused: bool) -> Iterator[float]:
         """The pauses between two looks at the status, until it is final."""
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         pause = 0.0
-        while not self.is_finished:
+        while not (self.is_finished or (pause and or_paused and self.status == "paused")):
             remaining = deadline - time.monotonic()
             if pause and remaining <= 0:
                 raise TimeoutError(f"task {self.id} is still {self.status} after {timeout} s")
             yield max(0.0, min(pause, remaining))
             pause = min(max(0.5, pause * 1.5), 5.0)
 
-    def _file_urls(self, extensions: Optional[List[str]] = None) -> List[str]:
-        """The URLs of the input, or those whose path has one of the extensions."""
-        files = getattr(self.input, "files", None)
-        urls = [url for url in files if isinstance(url, str)] if isinstance(files, list) else []
-        return [url for url in urls if extensions is None or _extension(url) in extensions]
+    def _file_urls(self, kind: Optional[str] = None) -> List[str]:
+        """The URLs of the attachments, then of the files that are not among them; of one kind."""
+        attachments, files = (
+            getattr(self.input, name, None) or [] for name in ("attachments", "files")
+        )
+        items = [item for item in attachments if isinstance(item, dict)]
+        items += [{"url": url} for url in files]
+        kinds: Dict[str, str] = {}
+        for item in items:
+            if isinstance(item.get("url"), str):
+                kinds.setdefault(item["url"], _file_kind(item))
+        return [url for url, found in kinds.items() if kind in (None, found)]
+
+
+def _encode_query(values: Mapping[str, Any]) -> str:
+    """True as `true`, a list as a repeated key, None left out."""
+    pairs = []
+    for name, value in _drop_none(values).items():
+        for item in value if isinstance(value, list) else [value]:
+            pairs.append((name, item if isinstance(item, str) else json.dumps(item)))
+    return urllib.parse.urlencode(pairs)
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Set[str]:
@@ -1159,19 +1280,17 @@ def _find_proxies() -> Dict[str, str]:
 
 def _parse_proxy(url: str) -> _Proxy:
     """A proxy's URL; any but http is refused, before its password goes anywhere."""
-    try:
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        host, port = parts.hostname, parts.port or 80
-    except ValueError:
-        host = None
-    if not host or parts.scheme != "http":
-        raise _URLRejected("the proxy must have a URL that starts with http://, see HTTPS_PROXY")
-    if parts.username is None:
-        return _Proxy(host, port, "")
-    import base64
+    scheme, _, rest = url.rpartition("://")
+    credentials, _, netloc = rest.rstrip("/").rpartition("@")
+    if scheme not in ("", "http") or "/" in credentials:
+        raise _URLRejected("a proxy must have a URL that starts with http://; see HTTPS_PROXY")
+    proxy = _parse_url(f"http://{netloc}", "the URL of a proxy")
+    if credentials:
+        import base64
 
-    user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
-    return _Proxy(host, port, "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
+        secret = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
+        return _Proxy(proxy.dns_name, proxy.port, f"Basic {secret}")
+    return _Proxy(proxy.dns_name, proxy.port, "")
 
 
 # ---- Transport -----------------------------------------------------------------------------------
@@ -1183,8 +1302,12 @@ _CONNECTION_ERRORS = (
     ssl.SSLEOFError,
 )
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
-# What a request may raise; ValueError: an invalid host or port, also in a redirect
-_REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError)
+# What a request may raise. ValueError: an invalid host or port, also in a redirect; RecursionError:
+# headers that are nested messages, which http.client hands to the parser of e-mail
+_REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, RecursionError)
+_USER_AGENT = f"xtask/{__version__}"
+_NO_CODING = ("", "identity", "aws-chunked")
+_OWN_HEADERS = {"host", "connection", "content-length", "transfer-encoding"}  # of http.client
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")
 _jitter = random.SystemRandom().uniform  # not the generator that a program seeds
 
@@ -1248,27 +1371,20 @@ _RETRY_POST = _RetryPolicy((429,), ())  # what it did before the connection brok
 _RETRY_STREAM = _RetryPolicy((429, *range(500, 600)), _CONNECTION_ERRORS + _TIMEOUTS)
 
 
+@dataclass(eq=False)
 class _Request:
     """One request, and how it may be carried out."""
 
-    sent = False  # whether the server may have seen any of it
-    resent = False  # whether it was sent before, over an idle connection that was broken
-
-    def __init__(
-        self,
-        method: str,
-        url: _URL,
-        headers: Mapping[str, str],
-        timeout: float,
-        body: Optional[bytes] = None,
-        *,
-        reuse: bool = False,
-        public_only: bool = False,
-    ) -> None:
-        self.method, self.url, self.headers, self.body = method, url, headers, body
-        self.timeout = timeout  # seconds, of a single wait
-        self.reuse = reuse  # over an idle connection, which is idle again afterwards
-        self.public_only = public_only  # the URL is a stranger's
+    method: str
+    url: _URL
+    headers: Mapping[str, str]
+    timeout: float  # seconds, of a single wait
+    body: Optional[bytes] = None
+    reuse: bool = False  # over an idle connection, which is idle again afterwards
+    public_only: bool = False  # the URL is a stranger's
+    sent: bool = False  # whether the server may have seen any of it
+    resent: bool = False  # whether it was sent before, over an idle connection that was broken
+    response: Optional[_Response] = None
 
 
 def _decode_chunks(data: bytes, remaining: int) -> Tuple[bytes, bytes, int, bool]:
@@ -1288,9 +1404,18 @@ def _decode_chunks(data: bytes, remaining: int) -> Tuple[bytes, bytes, int, bool
 
 
 class _Response(http.client.HTTPResponse):
-    """A response whose body is read as it arrives, however it is framed (RFC 9112, section 6.3)."""
+    """A response whose content is read as it arrives, however it is framed (RFC 9112, section 6.3).
+
+    gzip and deflate are decoded, asked for or not (RFC 9110, section 8.4).
+    """
 
     connection: Optional[_Connection] = None
+    host: str
+    redact_key: Callable[[Any], Any]
+    coding = ""
+    decoder: Any = None  # of zlib
+    encoded = b""  # what the decoder has not taken yet
+    pending = False  # whether the decoder has more to give
     buffer = b""  # what arrived behind the content: a chunk's head, or more than the body
     remaining = 0  # bytes still due of the current chunk
     ended = False  # whether the last chunk came
@@ -1303,13 +1428,52 @@ class _Response(http.client.HTTPResponse):
         super().begin()
         for _ in range(10):  # http.client skips 100 alone of the interim responses
             if self.status == 101 or self.status >= 200:  # 101 is final: another protocol follows
+                codings = self.headers.get_all("Content-Encoding", [])
+                codings += [] if self.chunked else self.headers.get_all("Transfer-Encoding", [])
+                names = [name.strip() for name in ",".join(codings).lower().split(",")]
+                self.coding = ", ".join(name for name in names if name not in _NO_CODING)
                 return
             self.headers = None  # type: ignore[assignment]  # or begin() does nothing
             super().begin()
         raise http.client.HTTPException("too many interim responses")
 
+    def error(self, status: int, description: str, details: Any = None) -> ModuleException:
+        """An error with the headers of this response; the description may repeat the server's words."""
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        return ModuleException(status, self.redact_key(description), details, True, headers)
+
     def read_some(self) -> bytes:
-        """What has arrived of the body, b"" at its end; IncompleteRead if it was cut off."""
+        """What has arrived of the content, b"" at its end; IncompleteRead if it was cut off."""
+        return self._decode() if self.coding else self._read_body()
+
+    def _decode(self) -> bytes:
+        """Some of the decoded content: a bomb gives no more than 64 KiB at a time."""
+        import zlib
+
+        text = f"the response has the Content-Encoding {self.coding:.60}, "
+        status = self.status if self.status >= 400 else 500
+        if self.coding not in ("gzip", "x-gzip", "deflate"):
+            raise self.error(status, text + "which is not supported")
+        while True:
+            if not self.encoded and not self.pending:
+                self.encoded = self._read_body()
+                if not self.encoded and (not self.decoder or self.decoder.eof):
+                    return b""
+                if not self.encoded:
+                    raise self.error(status, text + "which is cut off")
+            if not self.decoder or self.decoder.eof:  # a further member follows
+                self.decoder = zlib.decompressobj(15 if self.coding == "deflate" else 31)
+            try:
+                content: bytes = self.decoder.decompress(self.encoded, 65536)
+            except zlib.error as error:
+                raise self.error(status, text + "which is broken") from error
+            self.encoded = self.decoder.unconsumed_tail or self.decoder.unused_data
+            self.pending = len(content) == 65536
+            if content:
+                return content
+
+    def _read_body(self) -> bytes:
+        """What has arrived of the body."""
         if self.length == 0:  # also a 204 that claims to have chunks
             return b""
         if self.chunked:
@@ -1459,15 +1623,16 @@ def _close_all(connections: List[_Connection]) -> None:
 
 
 class _Reply(NamedTuple):
-    """What the platform said: a JSON value (None for an empty body), its text, and which host."""
+    """What the platform said: a JSON value (None for an empty body), its text, and the response."""
 
     value: Any
     text: bytes
-    host: str
+    response: _Response
 
     def unexpected(self, expected: str) -> ModuleException:
-        got = f"{self.host} sent {type(self.value).__name__}"
-        return ModuleException(500, f"{got} where {expected} was expected", self.value)
+        kind = type(self.value).__name__
+        text = f"{self.response.host} sent {kind} where {expected} was expected"
+        return self.response.error(500, text, self.value)
 
 
 class _Transport:
@@ -1476,6 +1641,8 @@ class _Transport:
     def __init__(self, configuration: Configuration) -> None:
         self.timeout, self.max_retries = configuration.timeout, configuration.max_retries
         self.api_key, self.context = configuration.api_key, configuration.ssl_context
+        self.headers = configuration.headers
+        self.redact_key = functools.partial(_redact_key, self.api_key)
         self.trusted_hosts = configuration.trusted_file_hosts
         self.strangers_context: Optional[ssl.SSLContext] = None
         proxies = configuration.__dict__.get("_proxies")
@@ -1491,8 +1658,10 @@ class _Transport:
         """A request with the key: for the API and the events, never for files."""
         if not self.api_key:
             raise ModuleException(401, "No API key: set XPANDER_API_KEY or api_key", answered=False)
-        headers = {"x-api-key": self.api_key, **headers}
-        return _Request(method, _parse_url(url, "the URL"), headers, **options)
+        own = {"x-api-key": self.api_key, "User-Agent": _USER_AGENT, **headers}
+        own_names = {*map(str.lower, own), *_OWN_HEADERS}
+        more = {name: self.headers[name] for name in self.headers if name.lower() not in own_names}
+        return _Request(method, _parse_url(url, "the URL"), {**more, **own}, **options)
 
     def call(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] = {}
@@ -1517,9 +1686,8 @@ class _Transport:
             except _REQUEST_ERRORS as error:
                 raise self.connection_error(request, error) from error
             if method == "DELETE" and response.status == 404 and (failures or request.resent):
-                return _Reply(None, b"", request.url.netloc)  # the first one may have done it
-            value = self.parse_response(request, response, text)
-            return _Reply(value, text, request.url.netloc)
+                return _Reply(None, b"", response)  # the first one may have done it
+            return _Reply(self.parse_response(response, text), text, response)
 
         return self.retry(attempt, _RETRY_POST if method == "POST" else _RETRY)
 
@@ -1533,7 +1701,7 @@ class _Transport:
             try:
                 return attempt(failures)
             except ModuleException as error:
-                seconds = error._retry_after
+                seconds = _parse_retry_after((error.headers or {}).get("retry-after", ""))
                 if seconds is None:
                     seconds = min(30.0, pause * 2.0 ** min(failures, 4) * _jitter(1, 2))
                 exhausted = failures >= self.max_retries or seconds > _MAX_RETRY_AFTER
@@ -1545,13 +1713,22 @@ class _Transport:
     def open(self, request: _Request) -> _Response:
         """The response to a request, or to the one that its redirects lead to."""
         for _ in range(_MAX_REDIRECTS + 1):
-            response = self._exchange(request)
+            started, outcome = time.monotonic(), "an error"
+            try:
+                response = request.response = self._exchange(request)
+                outcome = str(response.status)
+            except _REQUEST_ERRORS as error:
+                outcome = type(error).__name__
+                raise
+            finally:
+                milliseconds = (time.monotonic() - started) * 1000
+                url = str(request.url).partition("?")[0]
+                _debug("%s %s: %s, %.0f ms", request.method, url, outcome, milliseconds)
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
             request = self._follow(request, response)
-        text = f"redirected more than {_MAX_REDIRECTS} times"
-        raise ModuleException(response.status, text)
+        raise response.error(response.status, f"redirected more than {_MAX_REDIRECTS} times")
 
     def _follow(self, request: _Request, response: _Response) -> _Request:
         """The request that a redirect asks for: a GET, to the same origin or for files to any."""
@@ -1560,15 +1737,8 @@ class _Transport:
         url = _parse_url(urllib.parse.urljoin(str(request.url), location), "a redirect")
         if not request.public_only and (request.method != "GET" or request.url[:3] != url[:3]):
             text = f"{request.url.netloc} redirects {request.method}: check XPANDER_BASE_URL"
-            raise ModuleException(response.status, text)
-        return _Request(
-            "GET",
-            url,
-            request.headers,
-            request.timeout,
-            reuse=request.reuse,
-            public_only=request.public_only,
-        )
+            raise response.error(response.status, text)
+        return replace(request, method="GET", url=url)
 
     def _exchange(self, request: _Request) -> _Response:
         """Send a request over an idle or a new connection; the response's head."""
@@ -1622,7 +1792,6 @@ class _Transport:
 
     def _send(self, connection: _Connection, request: _Request) -> _Response:
         url, headers, proxy = request.url, {**request.headers}, connection.proxy
-        headers["User-Agent"] = f"xtask/{__version__}"
         if not request.reuse:
             headers["Connection"] = "close"
         if proxy and not connection.context:
@@ -1637,15 +1806,17 @@ class _Transport:
             except ConnectionError:
                 # the server may have sent its response before it had the whole body
                 with contextlib.suppress(OSError, http.client.HTTPException):
-                    response = cast(_Response, connection.getresponse())
-                    response.connection = connection
-                    return response
+                    return self._response(connection, request)
                 raise
-            response = cast(_Response, connection.getresponse())
+            return self._response(connection, request)
         except BaseException:
             connection.close()
             raise
-        response.connection = connection
+
+    def _response(self, connection: _Connection, request: _Request) -> _Response:
+        response = cast(_Response, connection.getresponse())
+        response.connection, response.host = connection, request.url.netloc
+        response.redact_key = self.redact_key
         return response
 
     def _release(self, request: _Request, response: _Response) -> None:
@@ -1661,34 +1832,27 @@ class _Transport:
             connection.released_at = time.time()
             self.idle.append(connection)
 
-    def parse_response(self, request: _Request, response: _Response, body: bytes) -> Any:
+    def parse_response(self, response: _Response, body: bytes) -> Any:
         """The JSON value of a response (None for an empty one), or a ModuleException."""
-        status, host = response.status, request.url.netloc
+        status, host = response.status, response.host
+        if len(body) > _MAX_RESPONSE:
+            raise response.error(500, f"{host} sent more than {_MAX_RESPONSE // 2**20} MiB")
         invalid: Optional[Exception] = None
         try:
-            if len(body) > _MAX_RESPONSE:
-                raise ModuleException(500, f"{host} sent more than {_MAX_RESPONSE // 2**20} MiB")
             value = json.loads(body) if body.strip() else None
         except (ValueError, RecursionError) as error:
             value, invalid = None, error
-        is_html = (
-            "html" in response.headers.get("Content-Type", "").lower() or body.lstrip()[:1] == b"<"
-        )
+        kind = response.headers.get("Content-Type", "").lower()
+        is_html = "html" in kind or body.lstrip()[:1] == b"<"
         if not 200 <= status < 300:
-            text = body[:2000].decode("utf-8", "replace") if invalid and not is_html else ""
-            raise self._status_error(response, value, text)
+            plain = body[:2000].decode("utf-8", "replace") if invalid and not is_html else ""
+            text = _describe(value) or " ".join(self.redact_key(plain).split())[:200]
+            text = text or http.client.responses.get(status, "Unknown status")
+            raise response.error(status, _redact(text), value)
         if invalid:
             what = "HTML" if is_html else "something"
-            raise ModuleException(500, f"{host} sent {what} that is not JSON") from invalid
+            raise response.error(500, f"{host} sent {what} that is not JSON") from invalid
         return value
-
-    def _status_error(self, response: _Response, value: Any, text: str) -> ModuleException:
-        """The error that a response's status is, in the words of its body."""
-        text = " ".join(self.redact_key(text).split())[:200]
-        description = self.redact_key(_redact(_describe(response.status, value, text)))
-        error = ModuleException(response.status, description, value)
-        error._retry_after = _parse_retry_after(response.headers.get("Retry-After", ""))
-        return error
 
     def connection_error(self, request: _Request, error: Exception) -> ModuleException:
         """The failure of a request that has no response, or none to its end."""
@@ -1704,41 +1868,38 @@ class _Transport:
             reason = "no response in time; see Configuration(timeout=...)"
         elif isinstance(error, http.client.IncompleteRead):
             reason = "the response was cut off"
-        elif isinstance(error, (ValueError, http.client.InvalidURL)) and not isinstance(
-            error, _URLRejected
-        ):
-            reason = "the URL is not valid"
-            error.args = (reason,)
+        elif isinstance(error, OSError) and error.filename:
+            reason = f"{error.strerror}: {error.filename}"
         reason = " ".join(reason.split())[:300]
         text = f"No response from {request.url.netloc}: {reason}"
-        failure = ModuleException(500, text, answered=False)
+        headers = request.response.error(500, "").headers if request.response else None
+        failure = ModuleException(500, text, None, False, headers)
         final = (ssl.SSLCertVerificationError, _URLRejected)
-        connecting = isinstance(error, OSError) and not isinstance(error, final)
+        connecting = isinstance(error, OSError) and not (isinstance(error, final) or error.filename)
         failure._sent = request.sent or not connecting
         return failure
 
-    def redact_key(self, text: Any) -> Any:
-        """The text without the key, which a server may have put there."""
-        known = self.api_key and len(self.api_key) >= 4 and isinstance(text, str)
-        return text.replace(self.api_key, "***") if known else text
+
+def _redact_key(api_key: Optional[str], text: Any) -> Any:
+    """The text without the key, which a server may have put there."""
+    known = api_key and len(api_key) >= 4 and isinstance(text, str)
+    return text.replace(api_key, "***") if known else text
 
 
-def _describe(status: int, value: Any, plain: str) -> str:
-    """What an error says in the forms of the platform and of proxies: JSON, plain text, nothing."""
-    said = value if isinstance(value, dict) else {"detail": value}
-    for text in map(said.get, ("detail", "message", "error")):
-        if isinstance(text, str) and text.strip():
-            return text.strip()
-        if isinstance(text, list) and text and all(isinstance(item, dict) for item in text):
-            return "; ".join(map(_describe_invalid, text))
-    return plain or http.client.responses.get(status, "Unknown status")
+def _describe(value: Any, depth: int = 2) -> str:
+    """What the JSON of an error says, as the platform and proxies write it; "" if nothing."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):  # of a 422
+        return "; ".join(
+            f"{_join(item.get('loc'))}: {item.get('msg', 'invalid')}" for item in value
+        )
+    names = ("detail", "message", "error") if isinstance(value, dict) and depth else ()
+    return next(filter(None, (_describe(value.get(name), depth - 1) for name in names)), "")
 
 
-def _describe_invalid(item: Dict[str, Any]) -> str:
-    """An item of a 422's list."""
-    path = item.get("loc")
-    path = ".".join(map(str, path)) if isinstance(path, list) else path
-    return f"{path}: {item.get('msg', 'invalid')}"
+def _join(path: Any) -> str:
+    return ".".join(map(str, path)) if isinstance(path, list) else str(path)
 
 
 def _parse_retry_after(value: str) -> Optional[float]:
@@ -1851,7 +2012,7 @@ _decode_json = json.JSONDecoder().raw_decode  # json.loads takes a third longer
 
 @dataclass(repr=False, eq=False)
 class TaskUpdateEvent(_Record):
-    """One event. `data` is a `Task`, a `ToolCallRequest`, a `ToolCallResult`, or the JSON that came.
+    """One event. `data` is a `Task`, `ToolCallRequest` or `ToolCallResult`, or the JSON that came.
 
     `raw` is the envelope as it came, with the same objects as `data` but for tasks; `task_id` may
     be that of a sub-agent's task.
@@ -1926,7 +2087,7 @@ class _Stream:
                 raise
 
     def _connection(self) -> Iterator[List[TaskUpdateEvent]]:
-        """The events of one connection; the last event, if the status says that the task is over."""
+        """The events of one connection, and the last event if the status says that it is over."""
         response = self.transport.retry(self._connect, _RETRY_STREAM, self._pause())
         if response:
             with response:
@@ -1939,7 +2100,7 @@ class _Stream:
             self.finished = True
             yield [self._last_event(task)]
         elif response and response.status == 204:
-            raise ModuleException(204, f"The server has no events, but the task is {task.status}")
+            raise response.error(204, f"The server has no events, but the task is {task.status}")
         else:
             _wait(self._pause())
 
@@ -1965,7 +2126,7 @@ class _Stream:
             with response:
                 response.sock.settimeout(_REFUSAL_SECONDS)
                 body = response.read_all(65536, _REFUSAL_SECONDS)
-            self.transport.parse_response(request, response, body)  # which raises
+            self.transport.parse_response(response, body)  # which raises
         return response
 
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
@@ -1975,18 +2136,24 @@ class _Stream:
         kind, status = response.headers.get_content_type(), response.status
         if status != 204 and (status, kind) != (200, "text/event-stream"):
             text = f"The stream's response is {status} {kind}, not 200 text/event-stream"
-            raise ModuleException(500, self.transport.redact_key(text))
+            raise response.error(500, text)
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.replayed = set(self.seen)  # while what comes may be a repetition
         last_event_at = time.monotonic()
         try:
             for chunk in iter(response.read_some, b""):
                 batch: List[TaskUpdateEvent] = []
-                for event in filter(None, map(self._deduplicate, self.parser.feed(chunk))):
-                    batch.append(event)
-                    if isinstance(event.data, Task):  # each has a copy of the input, maybe large
-                        yield batch
-                        batch, last_event_at = [], time.monotonic()
+                try:
+                    for message in self.parser.feed(chunk):
+                        event = self._deduplicate(message, response)
+                        batch += [event] if event else []
+                        if event and isinstance(event.data, Task):  # maybe with a large input
+                            yield batch
+                            batch, last_event_at = [], time.monotonic()
+                except (ValueError, ModuleException):
+                    if batch:
+                        yield batch  # the events before it
+                    raise
                 if batch:
                     yield batch
                     last_event_at = time.monotonic()  # the consumer's own time is no silence
@@ -1995,14 +2162,16 @@ class _Stream:
         except (OSError, http.client.HTTPException):
             pass  # cut off, or silent
         except ValueError as error:
-            raise ModuleException(500, f"The stream sent {error}") from error
+            raise response.error(500, f"The stream sent {error}") from error
 
-    def _deduplicate(self, message: ServerSentEvent) -> Optional[TaskUpdateEvent]:
+    def _deduplicate(
+        self, message: ServerSentEvent, response: _Response
+    ) -> Optional[TaskUpdateEvent]:
         """The event of a message, if it is one and did not come on an earlier connection."""
         digest = hash(message.data)
         if digest in self.replayed or self.finished:
             return None
-        event = self._parse(message.data)
+        event = self._parse(message, response)
         if event is None or (event.type == "connected" and self.connected_seen):
             return None  # each connection starts with a `connected`
         if event.type == "connected":
@@ -2013,31 +2182,37 @@ class _Stream:
         self.finished = event.type == "task_finished" and event.task_id == self.task_id
         return event
 
-    def _parse(self, data: str) -> Optional[TaskUpdateEvent]:
+    def _parse(self, message: ServerSentEvent, response: _Response) -> Optional[TaskUpdateEvent]:
+        data = message.data.strip(" \t\n\r")
         try:
-            data = data.strip(" \t\n\r")
-            envelope, end = _decode_json(data)
-            is_event = isinstance(envelope, dict) and isinstance(envelope.get("type"), str)
-            if is_event and end == len(data):
-                return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
+            value, end = _decode_json(data)
+            if end < len(data):
+                value = data
         except (ValueError, RecursionError):
-            pass
-        _warn("skipped what is not an event: %d characters that are no envelope", len(data))
+            value = data
+        if isinstance(value, dict) and isinstance(value.get("type"), str):
+            return TaskUpdateEvent.from_dict(value, self.required, self.configuration)
+        said = _redact(_describe(value)) if message.event == "error" else ""
+        value = _redact(value)
+        text = said or (value if isinstance(value, str) else _encode(value))
+        text = self.transport.redact_key(" ".join(text.split()))[:200]
+        if message.event == "error":
+            raise response.error(500, f"The stream sent an error: {text}", value)
+        _warn("skipped what is not an event: %s", text)
         return None
 
     def _last_event(self, task: Task) -> TaskUpdateEvent:
         """The last event, made from the task, where the stream did not bring it."""
-        source = json.loads(task._baseline)
-        data = {**self.required, **source}
+        data = {**self.required, **json.loads(task._baseline)}
         now = datetime.now(timezone.utc).isoformat()
-        ids = {"task_id": self.task_id, "organization_id": data.get("organization_id")}
-        ended = data.get("finished_at") or data.get("updated_at") or now
-        event = TaskUpdateEvent.from_dict({"type": "task_finished", **ids, "time": ended})
-        # nearly always the task itself: a copy costs 200 streams 6 % more CPU
-        same = data.keys() == source.keys()
-        event.data = task if same else Task.from_dict(data, self.configuration)
-        event.raw["data"] = data
-        return event
+        envelope = {
+            "type": "task_finished",
+            "task_id": self.task_id,
+            "organization_id": data.get("organization_id"),
+            "time": data.get("finished_at") or data.get("updated_at") or now,
+            "data": data,
+        }
+        return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
 
     def pump(self, loop: Any, put: Callable[[Any], None], slots: threading.Semaphore) -> None:
         """Hand the batches to an event loop, from a thread; None or an error is the last item."""
@@ -2067,12 +2242,13 @@ class _Events(Iterator[TaskUpdateEvent]):
         self._context.run(_current_scope.set, stream.scope)
 
     def __next__(self) -> TaskUpdateEvent:
+        if self._scope.cancelled.is_set():
+            raise StopIteration
         return self._context.run(next, self._events)
 
     def close(self) -> None:
         """Leave the stream; more than once is fine."""
         self._scope.cancel()
-        self._events = itertools.chain()
         with contextlib.suppress(ValueError):  # another thread waits in it, and is woken up
             self._batches.close()
 
@@ -2146,17 +2322,55 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
 
 # ---- Files: URLs that come from strangers --------------------------------------------------------
 
-_IMAGES = ".jpg .jpeg .png .gif .bmp .tiff .webp .svg".split()
-_READABLE = (
-    ".txt .csv .json .xml .html .htm .md .rst .yaml .yml "
-    ".py .js .ts .java .c .cpp .h .cs .go .rb .php .sh"
-).split()
+_KINDS = {
+    "image": ".jpg .jpeg .png .gif .bmp .tiff .webp",
+    "pdf": ".pdf",
+    "text": (
+        ".txt .csv .json .xml .html .htm .md .rst .yaml .yml .py .js .ts .java .c .cpp .h .cs .go "
+        ".rb .php .sh .svg .tsv .log .ini .toml .tex .ipynb .eml"
+    ),
+}
+_EXTENSION_KINDS = {
+    extension: kind for kind, extensions in _KINDS.items() for extension in extensions.split()
+}
+_MIME_KINDS = {
+    "application/pdf": "pdf",
+    "application/json": "text",
+    "application/xml": "text",
+    "image/svg+xml": "text",  # image pipelines refuse it
+}
+# what is not public although some Python's `is_global` says so
+_NOT_PUBLIC = (
+    "192.0.0.0/24",  # IETF protocol assignments, RFC 6890, section 2.2.2; metadata of one cloud
+    "168.63.129.16/32",  # metadata of another cloud
+    "2001::/23",  # IETF protocol assignments, RFC 2928
+    "3fff::/20",  # documentation, RFC 9637
+)
 # the text encodings among Python's codecs, which has others: zip, rot13, unicode_escape
 _CHARSET = re.compile(
     r"(?i)utf.*|u8|(us-)?ascii|(iso[-_]?)?8859.*|iso-ir.*|latin[-_]?\d|windows.*|cp\d+|koi8.*"
     r"|gb.*|hz.*|big5.*|shift.*|s?jis.*|euc.*|iso[-_]?2022.*|ks_c.*|tis.?620"
 )
+_BYTE_ORDER_MARKS = {  # those of 32 bits first: one starts like one of 16
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"\xef\xbb\xbf": "utf-8-sig",
+}
 _Fetched = Union[Tuple[bytes, Optional[str]], Exception]  # a content and its charset, or an error
+
+
+def _file_kind(attachment: Mapping[str, Any]) -> str:
+    """image, pdf, text, or something else: by its kind, then its MIME type, then its extension."""
+    kind, mime = attachment.get("kind"), str(attachment.get("mime") or "").lower()
+    if isinstance(kind, str) and kind != "unknown":
+        return kind
+    mime = mime.partition(";")[0].strip()
+    by_mime = {"image": "image", "text": "text"}.get(mime.partition("/")[0])
+    return (
+        _MIME_KINDS.get(mime) or by_mime or _EXTENSION_KINDS.get(_extension(attachment["url"]), "")
+    )
 
 
 def _extension(url: str) -> str:
@@ -2176,8 +2390,9 @@ def _require_public(host: str, addresses: Iterable[Tuple[Any, ...]]) -> None:
             nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
             embedded = ipaddress.IPv4Address(ip.packed[12:]) if nat64 else None
             ip = ip.ipv4_mapped or ip.sixtofour or embedded or ip
-        site_local = getattr(ip, "is_site_local", False)
-        if ip.is_multicast or ip.is_reserved or site_local or not ip.is_global:
+        refused = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
+        listed = any(ip in ipaddress.ip_network(network) for network in _NOT_PUBLIC)
+        if refused or listed or not ip.is_global:
             raise _URLRejected(
                 f"the address of {host} is not public; see Configuration.trusted_file_hosts"
             )
@@ -2186,7 +2401,7 @@ def _require_public(host: str, addresses: Iterable[Tuple[Any, ...]]) -> None:
 def _check_host(url: _URL, flags: int = 0) -> None:
     """Refuse a URL whose host has an address that is not public."""
     is_local = f".{url.host}".endswith(".localhost")  # RFC 6761, section 6.3
-    name = "127.0.0.1" if is_local else url.dns_name
+    name = "127.0.0.1" if is_local else url.host
     with contextlib.suppress(socket.gaierror):  # no address to refuse
         _require_public(url.host, socket.getaddrinfo(name, None, flags=flags))
 
@@ -2208,13 +2423,17 @@ def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Fetched
     """The content of each URL, or why there is none, in order and in time."""
     downloads = _Downloads(configuration, urls)
     scopes = [_CancelScope() for _ in urls[:_FILE_THREADS]]
-    threads = [
-        threading.Thread(target=downloads.run, args=(scope,), daemon=True) for scope in scopes
-    ]
+    threads: List[threading.Thread] = []
     deadline = time.monotonic() + configuration.timeout
     try:
-        for thread in threads:
-            thread.start()
+        with contextlib.suppress(RuntimeError):  # no more threads: those that started do the work
+            for scope in scopes:
+                thread = threading.Thread(target=downloads.run, args=(scope, deadline), daemon=True)
+                thread.start()
+                threads.append(thread)
+        if not threads:
+            scope = _current_scope.get() or _CancelScope()
+            contextvars.copy_context().run(downloads.run, scope, deadline)
         for thread in threads:
             while thread.is_alive() and not _is_cancelled() and time.monotonic() < deadline:
                 thread.join(min(0.1, max(0.0, deadline - time.monotonic())))
@@ -2235,10 +2454,10 @@ class _Downloads:
         self.queue, self.sizes = deque(enumerate(urls)), [0] * len(urls)  # bytes of each file
         self.results: List[_Fetched] = [TimeoutError("not fetched in time") for _ in urls]
 
-    def run(self, scope: _CancelScope) -> None:
+    def run(self, scope: _CancelScope, deadline: float) -> None:
         _current_scope.set(scope)
         with contextlib.suppress(IndexError):  # nothing is left to do
-            while True:
+            while time.monotonic() < deadline:
                 number, url = self.queue.popleft()
                 try:
                     self.results[number] = self.fetch(number, url)
@@ -2250,10 +2469,11 @@ class _Downloads:
     def fetch(self, number: int, url: str) -> Tuple[bytes, Optional[str]]:
         """The content and its charset."""
         content, timeout = bytearray(), self.transport.timeout
-        request = _Request("GET", _parse_url(url), {"Accept": "*/*"}, timeout, public_only=True)
+        headers = {"Accept": "*/*", "User-Agent": _USER_AGENT}
+        request = _Request("GET", _parse_url(url), headers, timeout, public_only=True)
         with self.transport.open(request) as response:
             if response.status != 200:
-                raise ModuleException(response.status, "the server has no such file")
+                raise response.error(response.status, "the server has no such file")
             for part in iter(response.read_some, b""):
                 content += part
                 self.count(number, len(content))
@@ -2279,6 +2499,9 @@ def _decode_file(fetched: _Fetched) -> str:
     if isinstance(fetched, Exception):
         return "Error: the file could not be fetched"
     content, charset = fetched
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if content.startswith(mark):
+            return content.decode(encoding, "replace")
     with contextlib.suppress(LookupError, ValueError):  # ValueError: a NUL in the name
         if charset and _CHARSET.fullmatch(charset):
             return content.decode(charset, "replace")
@@ -2295,155 +2518,159 @@ def _agno_pdf(configuration: Configuration, file_class: Any, url: str, fetched: 
     return file_class(content=fetched[0], filename=name, mime_type="application/pdf")
 
 
-# cut here: all above is the library, all below the local platform and the terminal program ==================
+# cut here: above is the library, below the local platform and the terminal program ----------------
 
 __all__ += ["LocalPlatform", "main"]
 
-# ---- Local platform ----------------------------------------------------------------------------------------
+# ---- Local platform ------------------------------------------------------------------------------
 
-_Play = Generator[Tuple[str, Any], None, Any]  # what an agent yields, and returns as the result
+_Object = Dict[str, Any]  # a JSON object
+_AgentRun = Generator[Tuple[str, Any], None, Any]  # yields (event type, data), returns the result
 
 
-def _within(value: Any, *names: str) -> Dict[str, Any]:
-    """The object at this path of names; an empty one where there is none."""
-    for name in names:
+def _object_at(value: Any, *path: str) -> _Object:
+    """The JSON object at this path of names; an empty one where there is none."""
+    for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
 
 
-def _local_agent(task: Dict[str, Any]) -> _Play:
+def _local_agent(task: _Object) -> _AgentRun:
     """The built-in agent: thinks, calls a tool and answers in chunks, in about a second."""
-    about = str(task["input"]["text"])[:60]
+    topic = str(task["input"]["text"])[:60]
     thought = {"input": {"title": "Plan", "thought": "one search will do"}}
     yield "think", {"request_id": "r1", "operation_id": "think", "payload": thought}
-    call = {
-        "request_id": "r2",
-        "operation_id": "find",
-        "tool_name": "search",
-        "payload": {"query": about},
-    }
+    call: _Object = {"request_id": "r2", "operation_id": "find", "tool_name": "search"}
+    call["payload"] = {"query": topic}
     yield "tool_call_request", call
     yield "tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}
-    answer = f"A played answer to: {about}\nIt found three hits, and nothing left this machine."
+    answer = f"A played answer to: {topic}\nIt found three hits, and nothing left this machine."
     for word in re.findall(r"\s*\S+", answer):
         time.sleep(0.05)
         yield "chunk", word
     return answer
 
 
-def _local_time() -> str:
+def _utc_now() -> str:
     return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
 
 
-class _LocalTask(Dict[str, Any]):
-    """A task as JSON, and beside it its activity log, its events and the state of its run."""
+class _LocalRun:
+    """A task of the local platform as JSON, with its activity log and its events."""
 
-    def __init__(self, agent_id: str, given: Dict[str, Any], lock: Any) -> None:
+    def __init__(self, agent_id: str, body: _Object, lock: Any) -> None:
         import uuid
 
-        now, asked = (
-            _local_time(),
-            {"text": None, "files": None, "user": None, **(given.get("input") or {})},
-        )
-        super().__init__({"id": str(uuid.uuid4()), "result": None, **given, "input": asked})
-        self.update(
-            agent_id=agent_id, organization_id="local-org", status="pending", created_at=now
-        )
-        self.update(updated_at=now, parent_execution=self.pop("parent_execution_id", None))
-        # what a list tells of it, and is asked for
-        self.update(
-            parent_task_id=self["parent_execution"], user_id=(asked["user"] or {}).get("id")
-        )
-        self.log = {"id": self["id"], "created_at": now, "messages": [], "user": asked["user"]}
-        self.events: List[bytes] = []  # as they go over the wire
-        self.over, self.changed = (
-            False,
-            threading.Condition(lock),
-        )  # its own, to wake its own readers only
+        now, given = _utc_now(), _drop_none(body)
+        task_input = {"text": None, "files": [], "user": None, **_drop_none(given.get("input", {}))}
+        user, parent = task_input["user"], given.pop("parent_execution_id", None)
+        self.task: _Object = {
+            "id": str(uuid.uuid4()),
+            "result": None,
+            **given,
+            "agent_id": agent_id,
+            "organization_id": "local-org",
+            "input": task_input,
+            "status": "pending",
+            "created_at": now,
+            "updated_at": now,
+            "parent_execution": parent,
+            "parent_task_id": parent,  # this and the next are for lists and their filters
+            "user_id": _object_at(user).get("id"),
+        }
+        self.log = {"id": self.task["id"], "created_at": now, "messages": [], "user": user}
+        self.events: List[bytes] = []  # as they are sent
+        self.over, self.changed = False, threading.Condition(lock)
 
-    def __reduce__(self) -> Tuple[Any, ...]:
-        return dict, (dict(self),)  # a copy is the JSON alone
-
-    def emit(self, kind: str, data: Any, entry: Optional[Dict[str, Any]] = None) -> bool:
-        """Add an event and its entry in the log; or nothing, and return False, when the run is over."""
+    def emit(self, kind: str, data: Any, entry: Optional[_Object] = None) -> bool:
+        """Add an event and its entry in the log. After the end of the run: add nothing, False."""
         if kind in ("think", "analyze"):
-            entry = {"type": kind, **_within(data, "payload", "input")}
+            entry = {"type": kind, **_object_at(data, "payload", "input")}
         elif kind in ("tool_call_result", "sub_agent_trigger", "auth_event"):
-            entry = _within(data)
+            entry = _object_at(data)
         with self.changed:
             if not self.over:
-                now, ids = _local_time(), {"task_id": self["id"], "organization_id": "local-org"}
-                text = json.dumps({"type": kind, **ids, "time": now, "data": data})
-                self.events.append(f"id: {len(self.events) + 1}\ndata: {text}\n\n".encode())
+                now, messages = _utc_now(), self.log["messages"]
+                event = {
+                    "type": kind,
+                    "task_id": self.task["id"],
+                    "organization_id": "local-org",
+                    "time": now,
+                    "data": data,
+                }
+                lines = f"id: {len(self.events) + 1}\ndata: {json.dumps(event)}\n\n"
+                self.events.append(lines.encode())
                 if entry:
-                    number = len(self.log["messages"]) + 1
-                    self.log["messages"].append({**entry, "id": f"a{number}", "created_at": now})
+                    messages.append({**entry, "id": f"a{len(messages) + 1}", "created_at": now})
                 self.changed.notify_all()
             return not self.over
 
-    def change(self, changes: Dict[str, Any], late: bool = False) -> _LocalTask:
-        """Change the task, once its run is over only if `late`. The first final status ends the run."""
-        with self.changed:
-            if late or not self.over:
-                self.update(changes, updated_at=_local_time())
-            if not self.over and AgentExecutionStatus(str(self["status"])).is_final:
-                self["finished_at"] = self["updated_at"]
-                said = {"role": "agent", "content": {"text": self["result"], "files": None}}
-                self.emit("task_finished", self, said if self["status"] == "completed" else None)
-                self.over = True
-            return self
+    def change(self, changes: _Object, late: bool = False) -> _Object:
+        """Change the task; after its run only if `late`, or to leave `paused`.
 
-    def play(self, agent: Callable[[Dict[str, Any]], _Play]) -> None:
+        The first final status ends the run.
+        """
+        with self.changed:
+            if late or not self.over or self.task["status"] == "paused":
+                self.task.update(changes, updated_at=_utc_now())
+            if not self.over and AgentExecutionStatus(str(self.task["status"])).is_final:
+                self.task["finished_at"] = self.task["updated_at"]
+                message = {"role": "agent", "content": {"text": self.task["result"], "files": None}}
+                completed = self.task["status"] == "completed"
+                self.emit("task_finished", self.task, message if completed else None)
+                self.over = True
+            return self.task
+
+    def play(self, agent: Callable[[_Object], _AgentRun]) -> None:
         """Run the agent to its end, or to its first event after the end of the run."""
-        self.emit("task_updated", self.change({"status": "executing", "started_at": _local_time()}))
+        self.emit("task_updated", self.change({"status": "executing", "started_at": _utc_now()}))
         try:
-            events = agent(_to_json(self))
+            events = agent(_to_json(self.task))
             try:
                 kind, data = next(events)
                 while self.emit(kind, data):
                     kind, data = next(events)
             except StopIteration as end:
-                result = (
-                    end.value if isinstance(end.value, (str, type(None))) else json.dumps(end.value)
-                )
+                is_text = isinstance(end.value, (str, type(None)))
+                result = end.value if is_text else json.dumps(end.value)
                 self.change({"status": "completed", "result": result})
-        except BaseException as error:  # SystemExit, too, is this agent's end alone
+        except BaseException as error:  # SystemExit, too, ends this agent alone
             self.change({"status": "failed", "result": str(error) or repr(error)})
 
     def stream(self, seen: int) -> Iterator[bytes]:
-        """The events but for the first ones that were seen, as they come, to the end of the run."""
-        fresh = [b"retry: 100\n\n"]
-        while fresh:
-            yield b"".join(fresh)
+        """The events after the first `seen` ones, as they come, to the end of the run."""
+        pending = [b"retry: 100\n\n"]
+        while pending:
+            yield b"".join(pending)
             with self.changed:
                 while not self.over and len(self.events) <= seen:
                     self.changed.wait()
-                fresh = self.events[seen:]
-            seen += len(fresh)
+                pending = self.events[seen:]
+            seen += len(pending)
 
 
 class LocalPlatform:
-    """The platform on a free port of 127.0.0.1, in this process: for trying things out and for tests.
+    """The platform on a free port of 127.0.0.1, in this process: to try things out, and for tests.
 
-    It serves while its `with` block lasts. `configuration` and `environ` lead to it, `tasks` maps ids to
-    tasks as JSON, `requests` holds what arrived: (method, path with query, headers with names in lower
-    case, parsed body or None). `agent(task)` is a generator that yields (event type, data) and returns
-    the result, text or JSON; if it raises, the task has failed, with the error as its result.
+    It serves while its `with` block lasts. `configuration` and `environ` lead to it, `tasks` maps
+    ids to tasks as JSON, `requests` holds what arrived: (method, path with query, headers with
+    names in lower case, parsed body or None). `agent(task)` is a generator that yields (event type,
+    data) and returns the result, text or JSON; if it raises, the task has failed, with the error
+    as its result.
     """
 
-    def __init__(self, agent: Optional[Callable[[Dict[str, Any]], _Play]] = None) -> None:
-        self.tasks: Dict[str, _LocalTask] = {}
+    def __init__(self, agent: Optional[Callable[[_Object], _AgentRun]] = None) -> None:
+        self.tasks: Dict[str, _Object] = {}
         self.requests: List[Tuple[str, str, Dict[str, str], Any]] = []
+        self._runs: Dict[str, _LocalRun] = {}
         self._agent, self._lock = agent or _local_agent, threading.RLock()
 
     def __enter__(self) -> LocalPlatform:
         from http.server import BaseHTTPRequestHandler
-        from socketserver import (
-            ThreadingTCPServer,
-        )  # HTTPServer asks the name service for the host's name
+        from socketserver import ThreadingTCPServer  # HTTPServer would look the host's name up
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+        class Handler(BaseHTTPRequestHandler):  # HTTP/1.0: the end of the connection ends a stream
+            disable_nagle_algorithm = True
             do_GET = do_POST = do_PATCH = do_DELETE = lambda handler: self._serve(handler)
             log_message: Any = lambda *_: None
 
@@ -2452,21 +2679,24 @@ class LocalPlatform:
             handle_error: Any = lambda *_: None  # a client that left
 
         self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self.configuration = Configuration("local-key", "local-org", self.url)
-        # A proxy in the environment must not come between; __dict__, because it is frozen.
-        self.configuration.__dict__["_proxies"] = {}
-        self.configuration.__dict__["_transport"] = _Transport(self.configuration)
-        self.environ = {"XPANDER_API_KEY": "local-key", "XPANDER_ORGANIZATION_ID": "local-org"}
-        self.environ.update(XPANDER_BASE_URL=self.url, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+        self.configuration.__dict__["_proxies"] = {}  # none, whatever the environment says
+        self.environ = {
+            "XPANDER_API_KEY": "local-key",
+            "XPANDER_ORGANIZATION_ID": "local-org",
+            "XPANDER_BASE_URL": self.url,
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        for task in list(self.tasks.values()):
-            task.change({"status": "stopped"})  # which ends its streams
+        for run in list(self._runs.values()):
+            run.change({"status": "stopped"})  # which ends its streams
         self.configuration.close()
 
     def _serve(self, handler: Any) -> None:
@@ -2480,104 +2710,97 @@ class LocalPlatform:
                 status, answer = self._answer(f"{handler.command} {handler.path}", headers, body)
             except KeyError:
                 status, answer = 404, {"detail": "Task not found"}
-            except (ValueError, TypeError, AttributeError) as error:
+            except Exception as error:
                 status, answer = 400, {"detail": f"not the JSON that is expected: {error}"}
             streamed = isinstance(answer, Iterator)
-            pieces = answer if streamed else [json.dumps(answer).encode()]  # now, under the lock
+            chunks = answer if streamed else [json.dumps(answer).encode()]
         handler.send_response(status)
         handler.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
-        handler.send_header("Connection", "close")  # whose end is the end of a stream
-        if not streamed:
-            handler.send_header("Content-Length", str(len(pieces[0])))
         handler.end_headers()
-        handler.wfile.writelines(pieces)  # each as it comes
+        handler.wfile.writelines(chunks)  # each as it comes
 
     def _answer(self, request: str, headers: Dict[str, str], body: Any) -> Tuple[int, Any]:
         if headers.get("x-api-key") != "local-key":
             return 401, {"detail": "Invalid API key"}
-        place, _, query = request.partition("?")
+        route, _, query = request.partition("?")
+        runs, seen = self._runs, int(headers.get("last-event-id", 0))
         stopped = {"status": "stopped", "is_manually_stopped": True}
-        seen = int(headers.get("last-event-id", 0))
-        routes: Dict[str, Callable[[str], Any]] = {
-            "POST /agent-execution/([^/]+)": lambda name: self._create(name, body),
-            "GET /agent-execution/executions/history/([^/]+)": lambda name: self._list(name, query),
-            "GET /agent-execution/([^/]+)/status": lambda name: self.tasks[name],
-            "PATCH /agent-execution/([^/]+)/update": lambda name: self.tasks[name].change(
-                body, late=True
-            ),
-            "DELETE /agent-execution/([^/]+)": lambda name: self.tasks[name].change(stopped),
-            "GET /activity/[^/]+/([^/]+)": lambda name: self.tasks[name].log,
-            "GET /[^/]+/agent-execution/([^/]+)/events": lambda name: self.tasks[name].stream(seen),
+        routes: _Object = {
+            "POST /agent-execution/([^/]+)": lambda id: self._create(id, body),
+            "GET /agent-execution/executions/history/([^/]+)": lambda id: self._list(id, query),
+            "GET /agent-execution/([^/]+)/status": lambda id: self.tasks[id],
+            "PATCH /agent-execution/([^/]+)/update": lambda id: runs[id].change(body, late=True),
+            "DELETE /agent-execution/([^/]+)": lambda id: runs[id].change(stopped),
+            "GET /activity/[^/]+/([^/]+)": lambda id: runs[id].log,
+            "GET /[^/]+/agent-execution/([^/]+)/events": lambda id: runs[id].stream(seen),
         }
         for pattern, answer in routes.items():
-            if found := re.fullmatch(pattern, place):
+            if found := re.fullmatch(pattern, route):
                 return 200, answer(urllib.parse.unquote(found[1]))
         return 404, {"detail": "Not Found"}
 
-    def _create(self, agent_id: str, given: Dict[str, Any]) -> _LocalTask:
-        task = _LocalTask(agent_id, given, self._lock)
-        if earlier := self.tasks.get(task["id"]):  # an id continues a task
-            task.log = earlier.change({"status": "stopped"}).log
-        self.tasks[task["id"]] = task
-        task.emit("connected", {})
-        said = {name: task["input"][name] for name in ("text", "files")}
-        task.emit("task_created", task, {"role": "user", "content": said})
-        threading.Thread(target=task.play, args=(self._agent,), daemon=True).start()
+    def _create(self, agent_id: str, body: _Object) -> _Object:
+        run = _LocalRun(agent_id, body, self._lock)
+        task, task_id = run.task, run.task["id"]
+        if earlier := self._runs.get(task_id):  # which is continued
+            earlier.change({"status": "stopped"})
+            run.log = earlier.log
+        self._runs[task_id], self.tasks[task_id] = run, task
+        run.emit("connected", {})
+        content = {name: task["input"][name] for name in ("text", "files")}
+        run.emit("task_created", task, {"role": "user", "content": content})
+        threading.Thread(target=run.play, args=(self._agent,), daemon=True).start()
         return task
 
-    def _list(self, agent_id: str, query: str) -> List[Dict[str, Any]]:
-        wanted = {"agent_id": agent_id, **dict(urllib.parse.parse_qsl(query))}
-        found = [task for task in self.tasks.values() if wanted.items() <= task.items()]
+    def _list(self, agent_id: str, query: str) -> List[_Object]:
+        filters = {**urllib.parse.parse_qs(query), "agent_id": [agent_id]}
         return [
-            {name: task.get(name) for name in TasksListItem._schema().defaults} for task in found
+            {name: task.get(name) for name in TasksListItem.__annotations__ if name != "extra"}
+            for task in self.tasks.values()
+            if all(task.get(name) in values for name, values in filters.items())
         ]
 
 
-# ---- Terminal ----------------------------------------------------------------------------------------------
+# ---- Terminal ------------------------------------------------------------------------------------
 
+_COMMANDS = {"demo": 0, "run": 2, "watch": 1, "show": 1, "log": 1, "stop": 1, "list": 1}
 _HELP = """\
-usage: xtask COMMAND ... [--json]          (or: python3 xtask.py COMMAND ...)
+commands (or: python3 xtask.py COMMAND ...):
+  xtask demo                   a run here: no account, no network
+  xtask run AGENT_ID PROMPT    create a task and watch it; a PROMPT of - is read
+                               from standard input, any other -... goes after --
+  xtask watch TASK_ID          what it does, live, then its result
+  xtask log TASK_ID            what it did: its activity log
+  xtask show TASK_ID           a task as it is now
+  xtask stop TASK_ID           stop it
+  xtask list AGENT_ID          the tasks of an agent
 
-  xtask demo                              a run here: no account, no network
-  xtask run AGENT_ID "Sum up" --file URL  create a task and watch it
-  xtask watch TASK_ID                     what it does, live, then its result
-  xtask show TASK_ID                      a task as it is now
-  xtask log TASK_ID                       what it did: its activity log
-  xtask stop TASK_ID                      stop it
-  xtask list AGENT_ID                     the tasks of an agent
-  xtask --version                         its version, and this file's SHA-256
-
---json is for programs: one JSON object, or one a line for run, watch, demo and
-list, as the platform sent it, with the secrets that are in it.
-Settings: XPANDER_API_KEY, XPANDER_ORGANIZATION_ID, XPANDER_BASE_URL.
-Exit codes: 0 done, 1 the task ended otherwise or a call failed, 2 wrong usage
-or no key, 130 Ctrl-C."""
-_WORDS = {"demo": 0, "run": 2, "watch": 1, "show": 1, "log": 1, "stop": 1, "list": 1}
-# Events and entries of the log: a label, what the task does after it, and the facts to tell.
-_TIMELINE: Dict[Any, Tuple[str, str, Tuple[str, ...]]] = {
-    "task_created": ("created", "waiting to start", ("title",)),
-    "task_updated": ("updated", "working", ("status", "internal_status", "title")),
-    "task_finished": ("finished", "working", ("id", "status", "title")),
-    "tool_call_request": ("call", "calling a tool", ("tool_name", "payload")),
-    "tool_call_result": ("result", "working", ("tool_name", "result")),
-    "think": ("think", "thinking", ("title", "thought", "action")),
-    "analyze": ("analyze", "thinking", ("title", "analysis", "result")),
-    "sub_agent_trigger": ("sub-agent", "waiting for a sub-agent", ("agent_id", "query")),
-    "auth_event": ("login", "waiting for a login", ("type", "server_name", "message")),
-    "user": ("user", "", ("text", "files")),
-    "agent": ("agent", "", ()),
+settings: XPANDER_API_KEY, XPANDER_ORGANIZATION_ID, XPANDER_BASE_URL
+exit codes: 0 done, 1 the task ended otherwise or a call failed, 2 wrong usage
+or no key, 130 Ctrl-C"""
+# Events and entries of the log: a label, what the task does next, and the values to show.
+_TIMELINE = {
+    "task_created": ("created", "waiting to start", "title"),
+    "task_updated": ("updated", "working", "status internal_status title"),
+    "task_finished": ("finished", "working", "id status title"),
+    "tool_call_request": ("call", "calling a tool", "tool_name payload"),
+    "tool_call_result": ("result", "working", "tool_name result"),
+    "think": ("think", "thinking", "title thought action"),
+    "analyze": ("analyze", "thinking", "title analysis result"),
+    "sub_agent_trigger": ("sub-agent", "waiting for a sub-agent", "agent_id query"),
+    "auth_event": ("login", "waiting for a login", "type server_name message"),
+    "user": ("user", "", "text files"),
+    "agent": ("agent", "", ""),
 }
-_LEFT_BY: Dict[
-    type, str
-] = {  # entries of a log that are the data of an event, and are told as it is
+_ENTRY_EVENTS = {  # entries of the log that are the data of an event
     AgentActivityThreadToolCall: "tool_call_result",
     AgentActivityThreadAuth: "auth_event",
     AgentActivityThreadSubAgentTrigger: "sub_agent_trigger",
 }
 
 
-def _text(value: Any) -> str:
-    """A value as text that neither steers a terminal nor fails to be encoded for standard output."""
+def _printable(value: Any) -> str:
+    """Text without control characters, and without what standard output cannot encode."""
     text = value if isinstance(value, str) else json.dumps(_redact(value), ensure_ascii=False)
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -2586,215 +2809,240 @@ def _text(value: Any) -> str:
 
 def _one_line(value: Any) -> str:
     """A value for people, on one line and without secrets."""
-    return " ".join(_text(_redact(value)).split())
+    return " ".join(_printable(_redact(value)).split())
 
 
-def _cut(text: str) -> str:
-    """As much of a line as fits into the terminal, where a sign may take two cells."""
+def _truncate(text: str) -> str:
+    """As much of the text as fits in a row of the terminal, where a character may be two wide."""
     import shutil
     import unicodedata
 
     room = max(8, shutil.get_terminal_size().columns - 1)  # a full row makes some terminals wrap
-    for at, sign in enumerate(text):
-        room -= 2 if unicodedata.east_asian_width(sign) in "WF" else 1
+    for index, character in enumerate(text):
+        room -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
         if room < 0:
-            return text[: at - 3] + "..."
+            return text[: index - 3] + "..."
     return text
 
 
-def _clock(when: Any, form: str = "%H:%M:%S") -> str:
+def _format_time(time: Any, form: str = "%H:%M:%S") -> str:
     try:
-        return str(when.astimezone().strftime(form))
+        return f"{time.astimezone():{form}}"
     except (AttributeError, OverflowError, OSError, ValueError):
         return "--:--:--"  # no date-time, or one that the local clock cannot show
 
 
-def _span(task: Task, end: Any) -> str:
-    """Minutes and seconds from the start of a task to its end."""
+def _elapsed(task: Task, end: Any) -> str:
+    """Minutes and seconds from the start of a task, if both times are known."""
     start = task.started_at or task.created_at
-    known = isinstance(start, datetime) and isinstance(end, datetime)
-    return "%d:%02d" % divmod(max(0, (end - start).total_seconds()), 60) if known else "-:--"
+    if not (isinstance(start, datetime) and isinstance(end, datetime)):
+        return "-:--"
+    return "%d:%02d" % divmod(max(0, (end - start).total_seconds()), 60)
 
 
-def _tell(when: Any, kind: str, data: Any) -> str:
-    """A row for an event or an entry of the log; an answer and the URL of a login follow it uncut."""
-    label, _, names = _TIMELINE.get(kind, (_one_line(kind), "", ()))
-    inner = _within(data, "payload", "input") or _within(data, "data") or _within(data, "content")
-    known = {**inner, **_within(data)}
-    facts = [known.get(name) for name in names] if known and kind in _TIMELINE else [data]
-    told = ": ".join(_one_line(fact) for fact in facts if fact not in (None, "", [], {}))
-    label = "failed" if known.get("is_error") is True else label
-    uncut = (
-        known.get("text") if kind == "agent" else known.get("url") if kind == "auth_event" else None
-    )
-    return _cut(f"{_clock(when)}  {label:<10} {told}".rstrip()) + (
-        f"\n{_text(uncut)}\n" if uncut else "\n"
-    )
+def _format_row(time: Any, kind: str, data: Any) -> str:
+    """A row for an event or a log entry; an answer or a login's URL follows, not truncated."""
+    label, _, names = _TIMELINE.get(kind, (_one_line(kind), "", ""))
+    inner = _object_at(data, "payload", "input") or _object_at(data, "data")
+    values = {**_object_at(data, "content"), **inner, **_object_at(data)}
+    shown = [values.get(name) for name in names.split()] if values and kind in _TIMELINE else [data]
+    text = ": ".join(_one_line(value) for value in shown if value not in (None, "", [], {}))
+    label = "failed" if values.get("is_error") is True else label
+    below = values.get({"agent": "text", "auth_event": "url"}.get(kind, ""))
+    row = _truncate(f"{_format_time(time)}  {label:<10} {text}".rstrip()) + "\n"
+    return f"{row}{_printable(below)}\n" if below else row
+
+
+def _format_log(log: AgentActivityThread) -> str:
+    rows = []
+    for entry in log.messages:
+        kind = getattr(entry, "role", getattr(entry, "type", getattr(entry, "action", "other")))
+        kind = _ENTRY_EVENTS.get(type(entry), str(kind))
+        rows.append(_format_row(getattr(entry, "created_at", None), kind, _to_json(entry)))
+    return "".join(rows)
+
+
+def _format_task(task: Task) -> str:
+    """A row for each field, and below them the result, not truncated."""
+    rows = [
+        _truncate(f"{_one_line(name):<22} {_one_line(value)}") + "\n"
+        for name, value in _redact(task.to_dict()).items()
+        if name != "result" and value not in (None, False, "", [], {})
+    ]
+    return "".join(rows) + ("" if task.result is None else _printable(task.result) + "\n")
+
+
+def _format_item(item: TasksListItem) -> str:
+    created = _format_time(item.created_at, "%Y-%m-%d %H:%M")
+    row = f"{created:<16}  {_one_line(item.status or ''):<10}  {_one_line(item.id)}  "
+    return _truncate((row + _one_line(item.title or "")).rstrip()) + "\n"
 
 
 class _Screen:
-    """Standard output: JSON for programs; for people text, and on a terminal a live line below it."""
+    """Standard output: JSON for programs; for people text, on a terminal with a status row below.
+
+    The status row shows the elapsed time and the activity, and is rewritten in place.
+    """
+
+    task: Any = None  # the one that is watched
+    live, mid_line, status_row, activity = False, False, "", "working"
 
     def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.live = not as_json and bool(sys.stdout) and sys.stdout.isatty()
-        self.task: Optional[Task] = None  # whose events are shown
+        self.as_json, self.lock, self.left = as_json, threading.Lock(), threading.Event()
         self.answer: List[str] = []  # its chunks
-        self.doing, self.drawn, self.in_line = "working", "", False
-        self.lock, self.left = threading.Lock(), threading.Event()
 
     def write(self, text: str) -> None:
-        """Text for people. The live line moves down, and is away while the text stands within a line."""
+        """Text for people; the status row moves below it, unless the text ends within a line."""
+        if self.as_json:
+            return
         with self.lock:
-            self.in_line = not text.endswith("\n") if text else self.in_line
-            wipe, self.drawn = "\r" + " " * len(self.drawn) + "\r" if self.drawn else "", ""
-            if self.task and self.live and not (self.in_line or self.left.is_set()):
-                self.drawn = _cut(f"{_span(self.task, datetime.now(timezone.utc))}  {self.doing}")
-            if not self.as_json:
-                print(wipe + text + self.drawn, end="", flush=True)
+            self.mid_line = not text.endswith("\n") if text else self.mid_line
+            erase = f"\r{' ' * len(self.status_row)}\r" if self.status_row else ""
+            self.status_row = ""
+            if self.live and not self.mid_line:
+                elapsed = _elapsed(self.task, datetime.now(timezone.utc))
+                self.status_row = _truncate(f"{elapsed}  {self.activity}")
+            print(erase + text + self.status_row, end="", flush=True)
 
-    def show(self, told: Union[Task, TasksListItem, AgentActivityThread, TaskUpdateEvent]) -> None:
-        """A log in rows, an item of a list in one, a task with its result, which is not cut, or an event."""
-        if self.as_json:  # ASCII alone, so that it can be encoded and steers no terminal
-            print(
-                json.dumps(told.raw if isinstance(told, TaskUpdateEvent) else told.to_dict()),
-                flush=True,
-            )
-        elif isinstance(told, AgentActivityThread):
-            for entry in told.messages if isinstance(told.messages, list) else []:
-                kind = _LEFT_BY.get(type(entry)) or getattr(
-                    entry, "role", getattr(entry, "type", "other")
-                )
-                self.write(_tell(getattr(entry, "created_at", None), str(kind), _to_json(entry)))
-        elif isinstance(told, TasksListItem):
-            facts = (
-                _clock(told.created_at, "%Y-%m-%d %H:%M"),
-                told.status or "",
-                told.id,
-                told.title or "",
-            )
-            self.write(
-                _cut("{:<16}  {:<10}  {}  {}".format(*map(_one_line, facts)).rstrip()) + "\n"
-            )
-        elif isinstance(told, Task):
-            for name, value in _redact(told.to_dict()).items():
-                if name != "result" and value not in (None, False, "", [], {}):
-                    self.write(_cut(f"{_one_line(name):<22} {_one_line(value)}") + "\n")
-            self.write("" if told.result is None else _text(told.result) + "\n")
-        elif self.task and told.task_id == self.task.id and told.type in ("chunk", "task_finished"):
-            if told.type == "chunk" and told.data is not None:
-                self.doing = "answering"
-                self.answer.append(_text(told.data))
-                self.write(self.answer[-1])
-        elif told.type != "connected":
-            self.doing = _TIMELINE.get(told.type, ("", "working"))[1]
-            self.write("\n" * self.in_line + _tell(told.time, told.type, told.raw.get("data")))
+    def tick(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # closed: the main thread will find out
+            while not self.left.wait(1):
+                self.write("")
 
-    def follow(self, task: Task) -> None:
-        """Show a task's events to its end, which alone is shown of a task without a stream."""
-        self.task, self.doing = task, "waiting" if task.events_streaming else "working"
+    def show(self, record: Any, render: Callable[[Any], str]) -> None:
+        if self.as_json:  # ASCII: any output can encode it, and no terminal obeys it
+            print(json.dumps(record.to_dict()), flush=True)
+        else:
+            self.write(render(record))
+
+    def show_event(self, event: TaskUpdateEvent) -> None:
+        own = event.task_id == self.task.id
+        if self.as_json:
+            print(json.dumps(event.raw), flush=True)
+        elif own and event.type == "chunk":
+            self.activity = "answering"
+            self.answer.append(_printable(event.data or ""))
+            self.write(self.answer[-1])
+        elif event.type != "connected" and not (own and event.type == "task_finished"):
+            self.activity = _TIMELINE.get(event.type, ("", "working"))[1]
+            row = _format_row(event.time, event.type, event.raw.get("data"))
+            self.write("\n" * self.mid_line + row)
+
+    def watch(self, task: Task) -> None:
+        """Show a task's events to its end; of a task without a stream, its end alone."""
+        self.task, self.live = task, bool(sys.stdout) and sys.stdout.isatty()
         threading.Thread(target=self.tick, daemon=True).start()
         try:
-            self.write(
-                f"{_clock(task.created_at)}  task       {_one_line(task.id)}\n"
-            )  # to watch it again
-            events = task.events() if task.events_streaming else ()
-            for event in events:
-                self.show(event)
-            # the last event may hold a trimmed task, and a server may tell the status a little later
-            task.wait_finished(10 if events else None)
-            if not events:
-                end = {"type": "task_finished", "task_id": task.id, "data": task.to_dict()}
-                self.show(TaskUpdateEvent.from_dict(end))
+            self.write(f"{_format_time(task.created_at)}  task       {_one_line(task.id)}\n")
+            task = self.follow(task)
         finally:
+            self.live = False
             self.left.set()
-            self.write("\n" * self.in_line)
-        self.write(
-            _tell(task.finished_at, str(task.status), "after " + _span(task, task.finished_at))
-        )
-        result = "" if task.result is None else _text(task.result)
+            self.write("\n" * self.mid_line)
+        elapsed = "after " + _elapsed(task, task.finished_at)
+        self.write(_format_row(task.finished_at, str(task.status), elapsed))
+        result = "" if task.result is None else _printable(task.result)
         if result.strip() not in ("", "".join(self.answer).strip()):  # not shown yet
             self.write(f"\n{result}\n")
         if task.status != "completed":
             raise RuntimeError(f"the task ended as {task.status}")
 
-    def tick(self) -> None:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # the output is closed: the main thread will see
-            while not self.left.wait(1):
-                self.write("")
+    def follow(self, task: Task) -> Task:
+        """Show the events, and return the task as it ended."""
+        if not task.events_streaming:
+            end = task.wait_finished().to_dict()
+            envelope = {"type": "task_finished", "task_id": task.id, "data": end}
+            self.show_event(TaskUpdateEvent.from_dict(envelope))
+            return task
+        with task.events() as events:
+            for event in events:
+                self.show_event(event)
+        last = event.data  # it may leave fields out, and the status that is loaded may be late
+        if isinstance(last, Task) and last.is_finished:
+            return Task.from_dict({**task.reload().to_dict(), **_drop_none(last.to_dict())})
+        return task.wait_finished(10)
 
 
-def _obey(command: str, words: List[str], files: List[str], as_json: bool) -> None:
-    screen = _Screen(as_json)
+def _run_command(words: List[str], files: List[str], as_json: bool) -> None:
+    command, screen = words[0], _Screen(as_json)
     if command == "demo":
         with LocalPlatform() as platform:
-            prompt, configuration = "What can this file do?", platform.configuration
             task = Task.create(
-                "demo-agent", prompt, configuration=configuration, events_streaming=True
+                "demo-agent",
+                "What can this file do?",
+                configuration=platform.configuration,
+                events_streaming=True,
             )
-            screen.follow(task)
-            if not as_json:
-                screen.write("\nActivity log\n")
-                screen.show(task.get_activity_log())
+            screen.watch(task)
+            screen.write("\nActivity log\n")
+            screen.write(_format_log(task.get_activity_log()))
     elif command == "run":
-        screen.follow(Task.create(words[0], words[1], files, events_streaming=True))
-    elif command == "watch":
-        screen.follow(Task.load(words[0]))
+        prompt = words[2]
+        if prompt == "-":
+            prompt = sys.stdin.read().rstrip("\n") if sys.stdin else ""
+        screen.watch(Task.create(words[1], prompt, files, events_streaming=True))
+    elif command == "list":
+        for item in Task.list(words[1]):
+            screen.show(item, _format_item)
     else:
-        found: List[Any] = Task.list(words[0]) if command == "list" else [Task.load(words[0])]
-        for told in found:
-            if command == "stop":
-                told.stop()
-            screen.show(told.get_activity_log() if command == "log" else told)
+        task = Task.load(words[1])
+        if command == "watch":
+            screen.watch(task)
+        elif command == "log":
+            screen.show(task.get_activity_log(), _format_log)
+        else:
+            screen.show(task.stop() if command == "stop" else task, _format_task)
 
 
-def _command(argv: List[str]) -> None:
-    import getopt
+def _show_version() -> None:
     import hashlib
     import importlib.machinery
 
-    try:
-        found, words = getopt.gnu_getopt(argv, "h", ["help", "version", "json", "file="])
-    except getopt.GetoptError as error:
-        raise ValueError(f"{error}; see xtask --help") from None
-    options, files = (
-        [name for name, _ in found],
-        [value for name, value in found if name == "--file"],
-    )
-    if "--version" in options:
-        # what imported it reads it, also out of a zip file
-        loader: Any = (
-            __spec__.loader if __spec__ else importlib.machinery.SourceFileLoader("xtask", __file__)
-        )
-        source = loader.get_data(__file__)
-        print(f"xtask {__version__}\nsha256 {hashlib.sha256(source).hexdigest()}", flush=True)
-    elif "-h" in options or "--help" in options:
-        print(_HELP, flush=True)
-    elif not words or len(words) != 1 + _WORDS.get(words[0], -1) or (files and words[0] != "run"):
-        raise ValueError(f"wrong usage: {' '.join(words) or 'no command'}; see xtask --help")
+    # the loader that imported this file reads it out of a zip file, too
+    loader = getattr(__spec__, "loader", None)
+    loader = loader or importlib.machinery.SourceFileLoader("xtask", __file__)
+    print(f"xtask {__version__}\nsha256 {hashlib.sha256(loader.get_data(__file__)).hexdigest()}")
+
+
+def _run_program(argv: List[str]) -> None:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:  # its own prints the usage, too, and exits
+            raise ValueError(f"{message}; see xtask --help")
+
+    parser = Parser("xtask", epilog=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("words", metavar="COMMAND", nargs="*", help="see below; options may stand anywhere")
+    add("--file", metavar="URL", action="append", default=[], help="of run: a file; repeatable")
+    add("--json", action="store_true", help="for programs: one object, or one a line; with secrets")
+    add("--version", action="store_true", help="the version, and the SHA-256 of this file")
+    options = parser.parse_intermixed_args(argv)
+    words, files = options.words, options.file
+    if options.version:
+        _show_version()
+    elif not words or len(words) != 1 + _COMMANDS.get(words[0], -1) or files and words[0] != "run":
+        parser.error(f"wrong usage: {' '.join(words) or 'no command'}")
     else:
-        _obey(words[0], words[1:], files, "--json" in options)
+        _run_command(words, files, options.json)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """The terminal program, with the process's own arguments unless others are given: its exit code."""
+    """The terminal program: returns the exit code. `argv`: instead of the process's arguments."""
     code = 0
     try:
-        _command(sys.argv[1:] if argv is None else argv)
+        with contextlib.suppress(SystemExit):  # of argparse, after the help
+            _run_program(sys.argv[1:] if argv is None else argv)
+        print(end="", flush=True)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
         pass  # the reader has all it wanted
-    except (ModuleException, ValueError, OSError, RuntimeError) as error:
-        unset = (
-            isinstance(error, ModuleException) and not error.answered and error.status_code < 500
-        )
-        code = 2 if unset or isinstance(error, ValueError) else 1
-        with contextlib.suppress(OSError):  # nobody is there to read it
-            if sys.stderr:
-                print("xtask:", _one_line(str(error) or repr(error)), file=sys.stderr, flush=True)
+    except Exception as exc:
+        unset = isinstance(exc, ModuleException) and not exc.answered and exc.status_code < 500
+        code = 2 if unset or isinstance(exc, ValueError) else 1
+        with contextlib.suppress(AttributeError, OSError):  # closed: nobody reads it
+            sys.stderr.write(f"xtask: {_one_line(str(exc) or repr(exc))}\n")
     try:
         print(end="", flush=True)
     except (OSError, ValueError):  # the interpreter, too, would flush what is left, and complain
