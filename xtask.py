@@ -1438,7 +1438,7 @@ class _Response(http.client.HTTPResponse):
         raise http.client.HTTPException("too many interim responses")
 
     def error(self, status: int, description: str, details: Any = None) -> ModuleException:
-        """An error with the headers of this response; the description may repeat the server's words."""
+        """An error with the headers of this response, and without the key that it may repeat."""
         headers = {name.lower(): value for name, value in self.headers.items()}
         return ModuleException(status, self.redact_key(description), details, True, headers)
 
