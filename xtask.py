@@ -1203,8 +1203,13 @@ def _encode_query(values: Mapping[str, Any]) -> str:
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Set[str]:
     """The names of what is in one alone or differs as JSON: True is not 1, key order is nothing."""
     both = [name for name in old.keys() & new.keys() if old[name] is not new[name]]
-    differing = {name for name in both if _canonical(old[name]) != _canonical(new[name])}
+    differing = {name for name in both if not _equal_json(old[name], new[name])}
     return (old.keys() ^ new.keys()) | differing
+
+
+def _equal_json(one: Any, other: Any) -> bool:
+    # Python's equality first: writing both as JSON costs a save a third of its time
+    return bool(one == other) and (isinstance(one, str) or _canonical(one) == _canonical(other))
 
 
 # ---- URLs ----------------------------------------------------------------------------------------
