@@ -111,6 +111,7 @@ _MAX_IDLE_SECONDS = 20.0  # an idle connection is closed before any load balance
 _MAX_IDLE_CONNECTIONS = 32
 _REPLAY_WINDOW = 10_000  # events remembered, to skip what is sent again after a reconnect
 _PUMP_SLOTS = 4  # batches of a stream (64 KiB or one event) that may wait for an async consumer
+_STATUS_LOADS = 4  # status loads of streams at a time, unless one waited for a second
 _FINAL_SILENCE = 5.0  # seconds of silence after which the stream of a finished task is over
 _REFUSAL_SECONDS = 2.0  # for the body of a refused stream, whose status alone is enough
 
@@ -1655,6 +1656,7 @@ class _Transport:
         # No lock: a list's append and remove are atomic, and a lock that another thread holds at
         # a fork stays locked for ever.
         self.idle: List[_Connection] = []
+        self.status_turns = threading.Semaphore(_STATUS_LOADS)
         weakref.finalize(self, _close_all, self.idle)
 
     def request(
@@ -2100,7 +2102,13 @@ class _Stream:
         if self.finished:
             return
         # The end of a connection proves nothing, however clean it looks: the status does.
-        task = Task._request_task(self.configuration, _STATUS_ROUTE, {"task_id": self.task_id})
+        # a few at a time: 200 streams that end at once would hold up the events of others for 90 ms
+        has_turn = self.transport.status_turns.acquire(timeout=1.0)
+        try:
+            task = Task._request_task(self.configuration, _STATUS_ROUTE, {"task_id": self.task_id})
+        finally:
+            if has_turn:
+                self.transport.status_turns.release()
         if task.is_finished:
             self.finished = True
             yield [self._last_event(task)]
