@@ -2227,21 +2227,21 @@ class _Stream:
         }
         return TaskUpdateEvent.from_dict(envelope, self.required, self.configuration)
 
-    def pump(self, loop: Any, put: Callable[[Any], None], slots: threading.Semaphore) -> None:
+    def pump(self, put: Callable[[Any], object], slots: threading.Semaphore) -> None:
         """Hand the batches to an event loop, from a thread; None or an error is the last item."""
         last: Optional[BaseException] = None
         _current_scope.set(self.scope)
         try:
             with contextlib.closing(self.batches()) as batches:
                 for batch in batches:
-                    loop.call_soon_threadsafe(put, batch)
+                    put(batch)
                     slots.acquire()
                     if self.scope.cancelled.is_set():
                         break
         except BaseException as error:  # raised again where the consumer is
             last = error
         with contextlib.suppress(RuntimeError):  # the loop was closed under the stream
-            loop.call_soon_threadsafe(put, last)
+            put(last)
         last = None  # its traceback refers to this frame
 
 
@@ -2280,6 +2280,7 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
         self._batch: Iterator[TaskUpdateEvent] = iter(())
         self._slots = threading.Semaphore(_PUMP_SLOTS - 1)
         self._queue: Any = None  # of the event loop that asks for the first event
+        self._put: Callable[[Any], object] = lambda item: None  # into the queue, from any thread
         self._thread: Optional[threading.Thread] = None
 
     async def __anext__(self) -> TaskUpdateEvent:
@@ -2305,10 +2306,13 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
     def _start(self) -> None:
         import asyncio
 
-        self._queue, loop = asyncio.Queue(), asyncio.get_running_loop()
-        arguments = loop, self._queue.put_nowait, self._slots
-        self._thread = threading.Thread(target=self._stream.pump, args=arguments, daemon=True)
-        self._thread.start()
+        self._queue = asyncio.Queue()
+        call_soon = asyncio.get_running_loop().call_soon_threadsafe
+        self._put = functools.partial(call_soon, self._queue.put_nowait)
+        pump = self._stream.pump
+        thread = threading.Thread(target=pump, args=(self._put, self._slots), daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _cancel(self) -> None:
         self._scope.cancel()
@@ -2320,8 +2324,8 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
     async def aclose(self) -> None:
         """Leave the stream; more than once is fine."""
         self._cancel()
-        if self._queue:
-            self._queue.put_nowait(None)  # for a task that waits in it
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._put(None)  # for a task that waits
 
     async def __aenter__(self) -> _AsyncEvents:
         return self
