@@ -4003,6 +4003,14 @@ def test_a_compressed_answer_is_decoded(coding, encode):
         assert server.connections == 1
 
 
+@pytest.mark.parametrize("size", [65535, 65536, 131072])  # around what is decoded at a time
+def test_a_compressed_answer_of_any_size_is_decoded(size):
+    text = json.dumps(task_dict(title=""))
+    text = text.replace('"title": ""', f'"title": "{"x" * (size - len(text))}"')
+    with serving(encoded("gzip", gzip.compress, text=text)) as server:
+        assert METHODS["GET"](server.config).title.strip("x") == "" and len(text) == size
+
+
 @pytest.mark.parametrize("call", ["GET", "events"])
 @pytest.mark.parametrize("status", [200, 400])
 @pytest.mark.parametrize("coding, encode", BROKEN_CODINGS)
@@ -4318,6 +4326,7 @@ def test_one_tls_context_is_made_where_none_is_given_and_offers_alpn(
     assert (made, protocols) == (([], [None]) if given else ([1], ["http/1.1"]))
 
 
+@needs_cpython  # PyPy's error does not name it
 def test_a_file_that_is_the_reason_is_named(certificate, monkeypatch, tmp_path, pauses):
     name = str(tmp_path / "missing" / "keys.log")
     monkeypatch.setenv("SSLKEYLOGFILE", name)
@@ -5612,7 +5621,8 @@ def test_output_that_is_closed_or_full_shows_no_traceback(words):
     with terminal_played(terminal_agent()) as (platform, task):
         assert run(0, '{ "$@"; echo $? >&2; } | :').strip() == "0"
         assert "Traceback" not in run(0, 'exec "$@" >&-')
-        assert is_error_line(run(1, 'exec "$@" >/dev/full'))
+        if words != "--help":  # argparse itself ignores an output that fails
+            assert is_error_line(run(1, 'exec "$@" >/dev/full'))
         assert run(1, 'exec "$@" 2>&-', "show missing") == ""
 
 

@@ -1474,7 +1474,7 @@ class _Response(http.client.HTTPResponse):
             except zlib.error as error:
                 raise self.error(status, text + "which is broken") from error
             self.encoded = self.decoder.unconsumed_tail or self.decoder.unused_data
-            self.pending = len(content) == 65536
+            self.pending = len(content) == 65536 and not self.decoder.eof
             if content:
                 return content
 
