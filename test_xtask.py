@@ -2421,7 +2421,7 @@ def closed(connection):
 CUTS = [
     ("until it closes", closed), ("until it closes", RawConnection.reset), ("of a length", closed),
     ("in chunks", closed), ("in chunks", RawConnection.reset), ("gzip in chunks", closed),
-    ("gzip", RawConnection.reset),
+    ("gzip", RawConnection.reset), ("gzip", closed),
 ]
 # fmt: on
 
@@ -4982,6 +4982,7 @@ BAD_FILES = """
     HTTP/1.1 206 X|Content-Length: 6||secret
     HTTP/1.1 302 X|Content-Length: 0||
     HTTP/1.1 302 X|Location: http://private.test/|Content-Length: 0||
+    HTTP/1.1 200 X|Content-Ty
     HTTP/1.1 200 X|Content-Length: 9||secret
     HTTP/1.1 200 X|Transfer-Encoding: chunked||6|secret|
     HTTP/1.1 200 X|Content-Encoding: br|Content-Length: 6||secret

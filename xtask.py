@@ -1286,8 +1286,8 @@ def _find_proxies() -> Dict[str, str]:
 
 def _parse_proxy(url: str) -> _Proxy:
     """A proxy's URL; any but http is refused, before its password goes anywhere."""
-    scheme, _, rest = url.rpartition("://")
-    credentials, _, netloc = rest.rstrip("/").rpartition("@")
+    scheme, _, remainder = url.rpartition("://")
+    credentials, _, netloc = remainder.rstrip("/").rpartition("@")
     if scheme not in ("", "http") or "/" in credentials:
         raise _URLRejected("a proxy must have a URL that starts with http://; see HTTPS_PROXY")
     proxy = _parse_url(f"http://{netloc}", "the URL of a proxy")
@@ -1403,10 +1403,10 @@ def _decode_chunks(data: bytes, remaining: int) -> Tuple[bytes, bytes, int, bool
         offset = head.end() + int(head[1], 16)  # which may be beyond what arrived
         parts.append(data[head.end() : offset])
         ended = offset == head.end()
-    rest = data[offset:]
-    if not ended and (len(rest) > 4096 or b"\n" in rest.lstrip(b"\r\n")):
+    buffer = data[offset:]
+    if not ended and (len(buffer) > 4096 or b"\n" in buffer.lstrip(b"\r\n")):
         raise http.client.HTTPException("a chunk has no size")
-    return b"".join(parts), rest, max(0, offset - len(data)), ended
+    return b"".join(parts), buffer, max(0, offset - len(data)), ended
 
 
 class _Response(http.client.HTTPResponse):
@@ -1465,6 +1465,8 @@ class _Response(http.client.HTTPResponse):
                 self.encoded = self._read_body()
                 if not self.encoded and (not self.decoder or self.decoder.eof):
                     return b""
+                if not self.encoded and self.ends_with_connection:
+                    raise http.client.IncompleteRead(b"")
                 if not self.encoded:
                     raise self.error(status, text + "which is cut off")
             if not self.decoder or self.decoder.eof:  # a further member follows
@@ -1518,6 +1520,11 @@ class _Response(http.client.HTTPResponse):
             if self.status < 400:
                 raise
         return bytes(body)
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether nothing tells the end of the body, so that a cut looks like an end."""
+        return self.length is None and not self.chunked
 
     @property
     def reusable(self) -> bool:
@@ -1650,7 +1657,7 @@ class _Transport:
         self.headers = configuration.headers
         self.redact_key = functools.partial(_redact_key, self.api_key)
         self.trusted_hosts = configuration.trusted_file_hosts
-        self.strangers_context: Optional[ssl.SSLContext] = None
+        self.default_context: Optional[ssl.SSLContext] = None
         proxies = configuration.__dict__.get("_proxies")
         self.proxies: Dict[str, str] = _find_proxies() if proxies is None else proxies
         # No lock: a list's append and remove are atomic, and a lock that another thread holds at
@@ -1688,8 +1695,9 @@ class _Transport:
                 with self.open(request) as response:
                     text = response.read_all(_MAX_RESPONSE)
                     self._release(request, response)
-                if not text and method == "GET" and response.will_close and response.status == 200:
-                    raise http.client.IncompleteRead(text)  # its head may have been cut off
+                cut_off = response.ends_with_connection and not text and response.status == 200
+                if method == "GET" and cut_off:  # within its head
+                    raise http.client.IncompleteRead(text)
             except _REQUEST_ERRORS as error:
                 raise self.connection_error(request, error) from error
             if method == "DELETE" and response.status == 404 and (failures or request.resent):
@@ -1781,10 +1789,10 @@ class _Transport:
             return None
         if trusted and self.context:
             return self.context
-        if self.strangers_context is None:
-            self.strangers_context = ssl.create_default_context()  # 20 ms: once, for https alone
-            self.strangers_context.set_alpn_protocols(["http/1.1"])
-        return self.strangers_context
+        if self.default_context is None:
+            self.default_context = ssl.create_default_context()  # 20 ms: once, for https alone
+            self.default_context.set_alpn_protocols(["http/1.1"])
+        return self.default_context
 
     def _checkout(self, request: _Request, proxy: Optional[_Proxy]) -> Optional[_Connection]:
         """An idle connection for the request; those that cannot be used any more are closed."""
@@ -2494,7 +2502,8 @@ class _Downloads:
             for part in iter(response.read_some, b""):
                 content += part
                 self.count(number, len(content))
-            if _is_cancelled():  # which looks like the end of a file without a length
+            # cut off within its head, or by us: both look like the end of a file without a length
+            if _is_cancelled() or (response.ends_with_connection and not content):
                 raise http.client.IncompleteRead(b"")
             kind = response.headers.get("Content-Type", "")
             charset = re.search(r'(?i);\s*charset\s*=[\s"]*([^\s;"]{1,40})', kind)
@@ -2905,7 +2914,7 @@ class _Screen:
     live, mid_line, status_row, activity = False, False, "", "working"
 
     def __init__(self, as_json: bool) -> None:
-        self.as_json, self.lock, self.left = as_json, threading.Lock(), threading.Event()
+        self.as_json, self.lock, self.stopped = as_json, threading.Lock(), threading.Event()
         self.answer: List[str] = []  # its chunks
 
     def write(self, text: str) -> None:
@@ -2923,7 +2932,7 @@ class _Screen:
 
     def tick(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # closed: the main thread will find out
-            while not self.left.wait(1):
+            while not self.stopped.wait(1):
                 self.write("")
 
     def show(self, record: Any, render: Callable[[Any], str]) -> None:
@@ -2954,7 +2963,7 @@ class _Screen:
             task = self.follow(task)
         finally:
             self.live = False
-            self.left.set()
+            self.stopped.set()
             self.write("\n" * self.mid_line)
         elapsed = "after " + _elapsed(task, task.finished_at)
         self.write(_format_row(task.finished_at, str(task.status), elapsed))
