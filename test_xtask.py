@@ -25,6 +25,7 @@ import gzip
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -2700,6 +2701,7 @@ NO_ENVELOPES = [  # what is no envelope, what a warning shows of it, and what no
     ('{"access_token": "s3cret"}', "access_token", "s3cret"),
     (json.dumps({"access_token": "s3cret", "pad": "x" * 300}), "access_token", "s3cret"),
     ('"type"', "type", "!"), ('"https://e.test/x?sig=s3cret"', "https://e.test/x", "s3cret"),
+    ("no \x1b[2J", "no ", "\x1b"),
     (f"not {KEY}", "not ", KEY), ("x" * 185 + KEY, "x" * 185, KEY[:9]),
 ]
 # fmt: on
@@ -2756,7 +2758,7 @@ ANSWERS_AT_ONCE = [
     *((answers(status, {"detail": "no"}), status, "no$") for status in [300, 400, 401, 404, 410]),
     (answers(200, b"<html>Sign in", [("Content-Type", "text/html")]), 500, "text/html"),
     (answers(200, {"id": "t-1"}), 500, "application/json"),
-    (answers(200, b"", [("Content-Type", f"text/{KEY}")]), 500, r"text/\*\*\*"),
+    (answers(200, b"", [("Content-Type", f"text/{KEY.upper()}")]), 500, r"text/\*\*\*"),
     (answers(201, FINISHED.encode(), [("Content-Type", "text/event-stream")]), 500, "201"),
     (answers(302, b"", [("Location", "http://127.0.0.2:9/")]), 302, "redirect"),
 ]
@@ -3116,6 +3118,19 @@ def leave_by_task(way):
         return began  # else the end of the loop cancels it
 
     return lambda task, there, _: -asyncio.run(main(task, there)) + time.monotonic()
+
+
+def test_all_tasks_that_wait_for_an_event_are_woken():
+    async def main():
+        events = make_task(server.config).aevents()
+        waiting = [asyncio.ensure_future(collect_events(events)) for _ in range(3)]
+        assert await asyncio.to_thread(asked.wait, 5)
+        await events.aclose()
+        return await asyncio.wait_for(asyncio.gather(*waiting), 5)
+
+    asked = threading.Event()
+    with feed(lambda connection: (asked.set(), connection.wait_closed())) as server:
+        assert asyncio.run(main()) == [[], [], []]
 
 
 WAYS_FROM_ELSEWHERE = {
@@ -3735,6 +3750,7 @@ NO_HTTP = [
     "HTTP/1.1 200 OK|a: " + "b" * 70_000 + "||",
     "HTTP/1.1 200 OK|" + "Content-Type: message/rfc822\r\r" * 1200 + "||",
     "HTTP/1.1 200 OK|" + "Content-Type: multipart/mixed; boundary=b\r\r--b\r" * 3000 + "||",
+    "HTTP/1.1 200 OK|Content-Type: multipart/mixed; boundary*=x; boundary*0=y||",
     "HTTP/1.1 100 Continue||" * 5000,
     "HTTP/1.1 102 Processing||" * 5000,
 ]
@@ -3747,6 +3763,20 @@ def test_what_is_no_http_is_an_error_and_not_repeated(response, call, pauses):
         error = fails(server.config, call)
     assert error.status_code == 500
     assert KEY not in everything_told(error) and not re.search(r"\n|\\n|\\r", str(error))
+
+
+def test_an_answer_counts_although_the_server_stops_reading(pauses):
+    def script(connection, number):
+        connection.sock.recv(65536)
+        play(connection, 'HTTP/1.1 413 X|Content-Length: 17||{"detail": "big"}')
+        there.wait(10)
+
+    there = threading.Event()
+    with RawServer(script) as server, configuration(server.url, timeout=0.3) as config:
+        with pytest.raises(xtask.ModuleException, match=r"\[413\] big"):
+            make_task(config).set_status("completed", "x" * 8 * MIB)
+        there.set()
+        assert (server.connections, pauses) == (1, [])
 
 
 def test_a_101_is_a_final_answer(pauses):
@@ -3836,10 +3866,12 @@ def test_retry_after_is_obeyed_up_to_a_minute(value, least, most, status, method
 
 
 def test_a_time_out_is_not_tried_again_and_says_what_to_set(pauses):
-    for method in CALLS:
-        with serving(silent, timeout=0.1) as server:
+    for method, first in itertools.product(CALLS, [[], [FULL]]):  # on a new or a reused connection
+        with serving(*first, silent, timeout=0.1) as server:
+            for _ in first:
+                METHODS["GET"](server.config)
             error = fails(server.config, method)
-            assert (len(server.requests), pauses, error.answered) == (1, [], False)
+            assert (len(server.requests), pauses) == (1 + len(first), []) and not error.answered
         assert f"127.0.0.1:{server.port}" in str(error) and "timeout" in str(error)
 
 
@@ -5345,8 +5377,8 @@ def test_nobody_is_served_after_the_local_platform_was_left_and_no_reader_holds_
 # ---- Terminal ------------------------------------------------------------------------------------
 # Commands for people and as JSON, exit codes, pipes, Ctrl-C, and what may reach a terminal.
 
-TERMINAL_TEXT = (
-    "a\x1b]0;owned\x07b\x1b[2Jc\x9b31md\re\x08f\x00g\x7fh 漢字 😀 \ud83d end"  # hostile, wide
+TERMINAL_TEXT = (  # hostile, and wide
+    "a\x1b]0;owned\x07b\x1b[2Jc\x9b31md\re\x08f\x00g\x7fh\u202ei 漢字 😀 \ud83d end"
 )
 TERMINAL_RESULT = "first line\n\tsecond line\n" + "word " * 50
 TERMINAL_PROGRAM = """

@@ -153,7 +153,9 @@ class _URLRejected(OSError, ValueError):
 
 
 def _debug(message: str, *arguments: Any) -> None:
-    if logging := sys.modules.get("logging"):  # whoever wants to see it has imported it
+    if "logging" in sys.modules:  # whoever wants to see it has imported it
+        import logging  # waits for a thread that is still importing it
+
         logging.getLogger(__name__).debug(message, *arguments)
 
 
@@ -1180,9 +1182,8 @@ class Task(_SentRecord):
 
     def _file_urls(self, kind: Optional[str] = None) -> List[str]:
         """The URLs of the attachments, then of the files that are not among them; of one kind."""
-        attachments, files = (
-            getattr(self.input, name, None) or [] for name in ("attachments", "files")
-        )
+        values = (getattr(self.input, name, None) for name in ("attachments", "files"))
+        attachments, files = (value if isinstance(value, list) else [] for value in values)
         items = [item for item in attachments if isinstance(item, dict)]
         items += [{"url": url} for url in files]
         kinds: Dict[str, str] = {}
@@ -1286,9 +1287,9 @@ def _find_proxies() -> Dict[str, str]:
 
 def _parse_proxy(url: str) -> _Proxy:
     """A proxy's URL; any but http is refused, before its password goes anywhere."""
-    scheme, _, remainder = url.rpartition("://")
+    scheme, _, remainder = url.strip().rpartition("://")
     credentials, _, netloc = remainder.rstrip("/").rpartition("@")
-    if scheme not in ("", "http") or "/" in credentials:
+    if scheme.lower() not in ("", "http") or "/" in credentials:
         raise _URLRejected("a proxy must have a URL that starts with http://; see HTTPS_PROXY")
     proxy = _parse_url(f"http://{netloc}", "the URL of a proxy")
     if credentials:
@@ -1308,9 +1309,9 @@ _CONNECTION_ERRORS = (
     ssl.SSLEOFError,
 )
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
-# What a request may raise. ValueError: an invalid host or port, also in a redirect; RecursionError:
-# headers that are nested messages, which http.client hands to the parser of e-mail
-_REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, RecursionError)
+# What a request may raise. ValueError: an invalid host or port, also in a redirect; TypeError and
+# RecursionError: headers that are too much for the parser of e-mail, which http.client uses
+_REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, TypeError, RecursionError)
 _USER_AGENT = f"xtask/{__version__}"
 _NO_CODING = ("", "identity", "aws-chunked")
 _OWN_HEADERS = {"host", "connection", "content-length", "transfer-encoding"}  # of http.client
@@ -1377,7 +1378,7 @@ _RETRY_POST = _RetryPolicy((429,), ())  # what it did before the connection brok
 _RETRY_STREAM = _RetryPolicy((429, *range(500, 600)), _CONNECTION_ERRORS + _TIMEOUTS)
 
 
-@dataclass(eq=False)
+@dataclass(repr=False, eq=False)
 class _Request:
     """One request, and how it may be carried out."""
 
@@ -1737,7 +1738,7 @@ class _Transport:
                 raise
             finally:
                 milliseconds = (time.monotonic() - started) * 1000
-                url = str(request.url).partition("?")[0]
+                url = self.redact_key(str(request.url).partition("?")[0])
                 _debug("%s %s: %s, %.0f ms", request.method, url, outcome, milliseconds)
             if response.status not in (301, 302, 303, 307, 308):
                 return response
@@ -1762,9 +1763,10 @@ class _Transport:
         if proxy and not trusted:  # names are the proxy's to resolve; literals can be checked
             _check_host(request.url, socket.AI_NUMERICHOST)
         if idle := self._checkout(request, proxy):
+            request.sent = True
             with contextlib.suppress(ConnectionError, ssl.SSLEOFError):  # closed while it was idle
                 return self._send(idle, request)
-            request.resent = True
+            request.sent, request.resent = False, True
         connection = _Connection(request, proxy, self._tls_context(request.url, trusted))
         connection.public_only = not (proxy or trusted)
         try:
@@ -1790,8 +1792,9 @@ class _Transport:
         if trusted and self.context:
             return self.context
         if self.default_context is None:
-            self.default_context = ssl.create_default_context()  # 20 ms: once, for https alone
-            self.default_context.set_alpn_protocols(["http/1.1"])
+            context = ssl.create_default_context()  # 20 ms: once, for https alone
+            context.set_alpn_protocols(["http/1.1"])
+            self.default_context = context
         return self.default_context
 
     def _checkout(self, request: _Request, proxy: Optional[_Proxy]) -> Optional[_Connection]:
@@ -1818,7 +1821,7 @@ class _Transport:
             _attach(connection.sock)
             try:
                 connection.request(request.method, target, request.body, headers)
-            except ConnectionError:
+            except OSError:
                 # the server may have sent its response before it had the whole body
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     return self._response(connection, request)
@@ -1860,7 +1863,7 @@ class _Transport:
         kind = response.headers.get("Content-Type", "").lower()
         is_html = "html" in kind or body.lstrip()[:1] == b"<"
         if not 200 <= status < 300:
-            plain = body[:2000].decode("utf-8", "replace") if invalid and not is_html else ""
+            plain = body[:65536].decode("utf-8", "replace") if invalid and not is_html else ""
             text = _describe(value) or " ".join(self.redact_key(plain).split())[:200]
             text = text or http.client.responses.get(status, "Unknown status")
             raise response.error(status, _redact(text), value)
@@ -1890,15 +1893,19 @@ class _Transport:
         headers = request.response.error(500, "").headers if request.response else None
         failure = ModuleException(500, text, None, False, headers)
         final = (ssl.SSLCertVerificationError, _URLRejected)
-        connecting = isinstance(error, OSError) and not (isinstance(error, final) or error.filename)
-        failure._sent = request.sent or not connecting
+        connecting = isinstance(
+            error, (OSError, http.client.BadStatusLine)
+        )  # the latter: a proxy's
+        useless = isinstance(error, final) or getattr(error, "filename", None)
+        failure._sent = bool(request.sent or useless or not connecting)
         return failure
 
 
 def _redact_key(api_key: Optional[str], text: Any) -> Any:
     """The text without the key, which a server may have put there."""
-    known = api_key and len(api_key) >= 4 and isinstance(text, str)
-    return text.replace(api_key, "***") if known else text
+    if api_key and len(api_key) >= 4 and isinstance(text, str):
+        return re.sub(f"(?i){re.escape(api_key)}", "***", text)
+    return text
 
 
 def _describe(value: Any, depth: int = 2) -> str:
@@ -2219,7 +2226,7 @@ class _Stream:
         text = self.transport.redact_key(" ".join(text.split()))[:200]
         if message.event == "error":
             raise response.error(500, f"The stream sent an error: {text}", value)
-        _warn("skipped what is not an event: %s", text)
+        _warn("skipped what is not an event: %a", text)  # %a: it may control a terminal
         return None
 
     def _last_event(self, task: Task) -> TaskUpdateEvent:
@@ -2306,7 +2313,7 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
                 return next(self._batch)
             raise batch or StopAsyncIteration
         except BaseException:
-            self._cancel()
+            await self.aclose()  # which also wakes other tasks that wait
             raise
         finally:
             batch = None  # an error, whose traceback refers to this frame
@@ -2326,7 +2333,7 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
         self._scope.cancel()
         self._batch = iter(())
         self._slots.release()
-        if self._thread:
+        if self._thread and self._thread is not threading.current_thread():  # it may collect this
             self._thread.join(0.005)  # nearly always enough; not for one that looks up a name
 
     async def aclose(self) -> None:
@@ -2825,10 +2832,14 @@ _ENTRY_EVENTS = {  # entries of the log that are the data of an event
 }
 
 
+# C0 but for tabs and line feeds, C1, and what changes the direction of text (Unicode, annex 9)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
 def _printable(value: Any) -> str:
     """Text without control characters, and without what standard output cannot encode."""
     text = value if isinstance(value, str) else json.dumps(_redact(value), ensure_ascii=False)
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    text = _CONTROL.sub("\ufffd", text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 
@@ -2883,7 +2894,7 @@ def _format_log(log: AgentActivityThread) -> str:
     rows = []
     for entry in log.messages:
         kind = getattr(entry, "role", getattr(entry, "type", getattr(entry, "action", "other")))
-        kind = _ENTRY_EVENTS.get(type(entry), str(kind))
+        kind = _ENTRY_EVENTS.get(type(entry), kind if isinstance(kind, str) else "other")
         rows.append(_format_row(getattr(entry, "created_at", None), kind, _to_json(entry)))
     return "".join(rows)
 
