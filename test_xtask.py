@@ -1261,6 +1261,15 @@ def test_a_repr_takes_values_of_any_size_and_depth():
     assert time.thread_time() - start < 5
 
 
+EVERY_RECORD = [each for each in map(vars(xtask).get, PUBLIC) if hasattr(each, "from_dict")]
+
+
+@pytest.mark.parametrize("cls", EVERY_RECORD)
+def test_no_repr_shows_a_secret_that_has_no_name_here(cls):
+    record = cls.from_dict({"type": "new", "new": {"access_token": "s3cret"}})
+    assert record.new == {"access_token": "s3cret"} and "s3cret" not in repr(record)
+
+
 # ---- The parser ----------------------------------------------------------------------------------
 # `iter_sse`: the rules of the WHATWG standard's "Interpreting an event stream", one in each row,
 # however the stream is cut into chunks; how large an event may be, and what parsing costs.
@@ -1456,6 +1465,11 @@ def test_bytes_that_come_one_by_one_cost_no_more_than_their_number(stream):
     for _ in xtask.iter_sse(stream[n : n + 1] for n in range(len(stream))):
         pass
     assert time.thread_time() - start < 5, "joined again at every chunk it would take minutes"
+
+
+def test_a_field_of_another_name_is_ignored_whatever_its_value():
+    stream = b"retry: 5\nwait: 100\nids: 7\nevents: x\ndata: a\n\n"
+    assert list(xtask.iter_sse([stream])) == [parsed("a", retry=5)]
 
 
 # ---- Calls ---------------------------------------------------------------------------------------
@@ -1943,6 +1957,20 @@ def test_cancelling_a_twin_ends_its_thread_too(call):
         assert time.monotonic() - began < 5 and server.closed.get(timeout=5)
 
 
+def test_an_error_of_any_length_is_told_in_one_short_line():
+    with serving("x" * 9000 + "||", max_retries=0) as server:
+        assert len(str(fails(server.config))) < 400
+
+
+def test_debug_logging_tells_how_long_a_request_took(caplog):
+    caplog.set_level("DEBUG")
+    with replying((200, task_dict())) as server:
+        began = time.monotonic()
+        make_call(make_task(server.config), "reload")
+        most = (time.monotonic() - began) * 1000
+    assert 0 <= float(re.search(r"([\d.]+) ?ms", caplog.text)[1]) <= most + 1
+
+
 # ---- Saving --------------------------------------------------------------------------------------
 # What a save sends and keeps, attributes beyond the fields, status and stop, copies and subclasses.
 
@@ -2316,6 +2344,13 @@ def test_a_subclass_keeps_its_own_fields_and_attributes():
             task.colour = "green"
     body = '{"color": "blue", "notes": ["first", "second"], "title": "loud"}'
     assert arrivals(server) == ["GET", "GET", "GET", body]
+
+
+def test_a_key_with_an_underscore_is_reached_in_extra_alone():
+    task = make_task(None, _new=1)
+    with pytest.raises(AttributeError):
+        task._new = 2
+    assert not hasattr(task, "_new") and task.extra == {"_new": 1}
 
 
 # ---- Events ------------------------------------------------------------------------------------
@@ -2992,6 +3027,17 @@ def test_a_consumer_that_stops_reading_stops_the_reading_and_loses_nothing(face)
     with feed(plays(then=flood)) as server:
         assert len(chunks(follow(server, face, first))) == 600
     assert sent[-1] > 16 * MIB
+
+
+def test_an_error_event_is_told_in_its_words_alone():
+    with feed(plays('event: error\ndata: {"code": 7, "detail": "model is down"}\n\n')) as server:
+        assert fails_to_follow(server).description.endswith(": model is down")
+
+
+def test_a_stream_without_content_is_an_error_of_that_status():
+    with feed(answers(204)) as server:
+        error = fails_to_follow(server)
+    assert (error.status_code, error.answered) == (204, True)
 
 
 # ---- Leaving -----------------------------------------------------------------------------------
@@ -4476,6 +4522,79 @@ def test_a_password_goes_to_no_proxy_that_is_not_spoken_to_and_is_never_shown(
     assert "s3cret" not in shown and BASIC.split()[1] not in shown
 
 
+def test_a_request_on_a_connection_of_its_own_says_that_it_is_the_last():
+    with serving() as server:
+        for call in METHODS.values():
+            call(server.config)
+        said = [headers.get("connection") for _, _, headers, _ in server.requests]
+    assert said == [None] * len(SAFE) + ["close"] * 2
+
+
+def test_an_answer_without_content_keeps_its_connection():
+    with serving("HTTP/1.1 204 No Content||") as server:
+        METHODS["DELETE"](server.config)
+        assert (len(server.requests), server.connections) == (2, 1)
+
+
+def test_of_many_connections_32_are_kept():
+    def together(connection):
+        barrier.wait(10)
+        respond(connection, connection.server.requests[-1][1], b"")
+
+    barrier = threading.Barrier(36)
+    with serving(*[together] * 36) as server:
+        at_once(lambda _: METHODS["GET"](server.config), *range(36))
+        wait_until(lambda: len(server.open) == 32)
+
+
+def test_a_kept_connection_that_was_reset_meanwhile_is_replaced(pauses):
+    def reset_later(connection):
+        play(connection, FULL)
+        answered.wait(10)
+        connection.reset()
+        gone.set()
+
+    answered, gone = threading.Event(), threading.Event()
+    with serving(reset_later, max_retries=0) as server:
+        METHODS["GET"](server.config)
+        answered.set()
+        assert gone.wait(10)
+        METHODS["GET"](server.config)
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize("method", ["save", "create"])
+def test_a_connection_that_is_reset_amid_a_large_body_is_a_broken_one(method, pauses):
+    def script(connection, number):
+        connection.sock.recv(1)
+        connection.reset()
+
+    with RawServer(script) as server:
+        task = make_task(server.config)
+        task.result = "x" * 8 * MIB
+        with pytest.raises(xtask.ModuleException) as caught:
+            if method == "save":
+                task.save()
+            else:
+                xtask.Task.create("a-1", task.result, configuration=server.config)
+        assert not caught.value.answered and isinstance(caught.value.__cause__, ConnectionError)
+        assert server.connections == (3 if method == "save" else 1)
+
+
+def test_the_first_pause_is_under_a_second(pauses):
+    with serving("503") as server:
+        METHODS["GET"](server.config)
+    assert 0.1 < pauses[0] < 1
+
+
+def test_an_address_of_a_kind_that_this_host_lacks_is_skipped(monkeypatch):
+    look_up = socket.getaddrinfo
+    other = (99, socket.SOCK_STREAM, 6, "", ("x", 1))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given: [other, *look_up(*given)])
+    with serving(max_retries=0) as server:
+        assert METHODS["GET"](server.config).id == "t-1"
+
+
 # ---- Files ---------------------------------------------------------------------------------------
 # Which files a task has, the addresses a stranger's URL may lead to, limits, texts, agno, messages.
 
@@ -5180,6 +5299,49 @@ def test_the_message_has_the_text_the_urls_and_the_contents(text, files, message
         task.disable_attachment_injection = True
         without = re.sub(', "content": .*}', "}", message)
         assert task.to_message() == without.replace("@", server.url) and not server.requests
+
+
+def test_a_host_name_that_takes_long_to_normalise_is_refused_at_once():
+    name = "a" + "\u0301" * 15_000 + "\u0323" * 15_000  # seconds: the square of the length
+    began = time.process_time()
+    [content] = contents("http://platform.test", f"http://{name}/a.txt")
+    assert is_error(content) and time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("charset", ["", "; charset=utf-32", "; charset=utf-8"])
+@pytest.mark.parametrize(
+    "data", [b"\xff\xfe\0\0a\0\0\0\xe9\0\0\0", b"\0\0\xfe\xff\0\0\0a\0\0\0\xe9"]
+)
+def test_a_file_in_utf_32_is_decoded_by_its_mark(data, charset):
+    page = (200, data, [("Content-Type", f"text/plain{charset}")])
+    with file_server({"/a.txt": page}) as server:
+        assert contents(server.url, "/a.txt") == ["a\u00e9"]
+
+
+def test_a_cancelled_twin_leaves_its_files_within_half_a_second():
+    async def left():
+        waiting = asyncio.ensure_future(task.ato_message())
+        await asyncio.sleep(0.1)  # its request has arrived
+        waiting.cancel()
+        began = time.monotonic()
+        await asyncio.to_thread(server.closed.get, timeout=5)
+        return time.monotonic() - began
+
+    with file_server({"/1.txt": RawConnection.wait_closed}) as server:
+        config = configuration(server.url, trusted_file_hosts=["127.0.0.1"])
+        task = make_task(config, input={"text": "Hi", "files": [server.url + "/1.txt"]})
+        assert any(asyncio.run(left()) < 0.5 for _ in range(3))
+
+
+def test_any_file_is_asked_for_in_any_form():
+    with file_server({"/a.txt": b"a"}) as server:
+        assert contents(server.url, "/a.txt") == ["a"]
+        assert server.requests[0][2]["accept"] == "*/*"
+
+
+@pytest.mark.parametrize("value", [None, "text", [], {}])
+def test_a_task_without_an_input_has_an_empty_message(value):
+    assert make_task(configuration("http://e.test"), input=value).to_message() == ""
 
 
 # ---- Local platform ------------------------------------------------------------------------------
