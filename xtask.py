@@ -887,7 +887,7 @@ class Task(_SentRecord):
     @classmethod
     def _from_response(cls, data: Mapping[str, Any], text: Any, configuration: Any) -> Task:
         task = super().from_dict(data)
-        task._baseline, task._configuration = text, configuration
+        task.__dict__.update(_baseline=text, _configuration=configuration)
         return task
 
     def __repr__(self) -> str:
@@ -1307,7 +1307,19 @@ _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
 _REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, TypeError, RecursionError)
 _USER_AGENT = f"xtask/{__version__}"
 _NO_CODING = ("", "identity", "aws-chunked")
-_OWN_HEADERS = {"host", "connection", "content-length", "transfer-encoding"}  # of http.client
+_OWN_HEADERS = {  # which no setting replaces
+    "accept",
+    "cache-control",
+    "connection",
+    "content-length",
+    "content-type",
+    "host",
+    "last-event-id",
+    "transfer-encoding",
+    "user-agent",
+    "x-agent-version",
+    "x-api-key",
+}
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")
 _jitter = random.SystemRandom().uniform  # not the generator that a program seeds
 
@@ -1429,7 +1441,8 @@ class _Response(http.client.HTTPResponse):
         for _ in range(10):  # http.client skips 100 alone of the interim responses
             if self.status == 101 or self.status >= 200:  # 101 is final: another protocol follows
                 codings = self.headers.get_all("Content-Encoding", [])
-                codings += [] if self.chunked else self.headers.get_all("Transfer-Encoding", [])
+                if self.ends_with_connection:
+                    codings += self.headers.get_all("Transfer-Encoding", [])
                 names = [name.strip() for name in ",".join(codings).lower().split(",")]
                 self.coding = ", ".join(name for name in names if name not in _NO_CODING)
                 return
@@ -1648,7 +1661,11 @@ class _Transport:
     def __init__(self, configuration: Configuration) -> None:
         self.timeout, self.max_retries = configuration.timeout, configuration.max_retries
         self.api_key, self.context = configuration.api_key, configuration.ssl_context
-        self.headers = configuration.headers
+        self.headers = {
+            name: value
+            for name, value in configuration.headers.items()
+            if name.lower() not in _OWN_HEADERS
+        }
         self.redact_key = functools.partial(_redact_key, self.api_key)
         self.trusted_hosts = configuration.trusted_file_hosts
         self.default_context: Optional[ssl.SSLContext] = None
@@ -1666,10 +1683,8 @@ class _Transport:
         """A request with the key: for the API and the events, never for files."""
         if not self.api_key:
             raise ModuleException(401, "No API key: set XPANDER_API_KEY or api_key", answered=False)
-        own = {"x-api-key": self.api_key, "User-Agent": _USER_AGENT, **headers}
-        own_names = {*map(str.lower, own), *_OWN_HEADERS}
-        more = {name: self.headers[name] for name in self.headers if name.lower() not in own_names}
-        return _Request(method, _parse_url(url, "the URL"), {**more, **own}, **options)
+        headers = {**self.headers, "x-api-key": self.api_key, "User-Agent": _USER_AGENT, **headers}
+        return _Request(method, _parse_url(url, "the URL"), headers, **options)
 
     def call(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] = {}
