@@ -37,7 +37,7 @@ import time
 import urllib.parse
 import weakref
 from collections import deque
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from enum import Enum
 from typing import (
@@ -113,7 +113,7 @@ _REPLAY_WINDOW = 10_000  # events remembered, to skip what is sent again after a
 _PUMP_SLOTS = 4  # batches of a stream (64 KiB or one event) that may wait for an async consumer
 _STATUS_LOADS = 4  # status loads of streams at a time, unless one waited for a second
 _FINAL_SILENCE = 5.0  # seconds of silence after which the stream of a finished task is over
-_REFUSAL_SECONDS = 2.0  # for the body of a refused stream, whose status alone is enough
+_REFUSAL_SECONDS = 2.0  # to read the body of an error response to a stream
 
 # ---- Errors and warnings -------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ def _parse_time(value: Any) -> Any:
     """An aware datetime (no zone means UTC); what does not parse stays as it came."""
     if not isinstance(value, str) or not value.isascii():
         return value
-    text = value.upper()  # fromisoformat() knows no "z"
+    text = value.upper()  # fromisoformat() rejects a lower-case "z"
     if _OLD_DATETIME:  # it takes fractions of 3 or 6 digits alone, and no "Z"
         text = text.replace("Z", "+00:00")
         text = re.sub(r"\.\d+", lambda fraction: f"{fraction[0]:0<7}"[:7], text)
@@ -332,10 +332,10 @@ class _Schema(NamedTuple):
 
 
 class _Record:
-    """What the dataclasses that come from the server share. `extra` holds what has no name here."""
+    """The base of all that is parsed from JSON objects. `extra` holds the keys without a field."""
 
     extra: Dict[str, Any]
-    _source: Mapping[str, Any] = {}  # the object as it came: which keys, and how times were written
+    _source: Mapping[str, Any] = {}  # the object that was parsed: its keys, its spelling of times
     _configuration: Optional[Configuration] = None  # of records that can make further calls
 
     @classmethod
@@ -387,7 +387,7 @@ class _Record:
     def _values(self) -> Dict[str, Any]:
         return {name: getattr(self, name) for name in self._schema().defaults}
 
-    def __eq__(self, other: object) -> bool:  # one for all: generating them takes a fifth of import
+    def __eq__(self, other: object) -> bool:  # generated ones take a fifth of import
         if not isinstance(other, _Record) or type(other) is not type(self):
             return NotImplemented
         return self._values() == other._values() and self.extra == other.extra
@@ -417,8 +417,8 @@ class _SentRecord(_Record):
                 self.extra[name] = value
             else:
                 raise AttributeError(
-                    f"{cls.__name__} has no field {name!r}; to add one that is newer than this "
-                    f"file: .extra[{name!r}] = ..."
+                    f"{cls.__name__} has no field {name!r}; to send a key that this "
+                    f"version does not know: .extra[{name!r}] = ..."
                 )
 
 
@@ -572,7 +572,7 @@ _GATEWAY_ACTIONS = [
 
 
 def _parse_entry(entry: Any) -> Any:
-    """The entry as the first kind, in this order, that its keys name: it carries no tag."""
+    """The kind is told from the keys, in this order: entries carry no tag that names it."""
     if not isinstance(entry, dict):
         return entry
     kind = entry.get("type")
@@ -755,7 +755,7 @@ def _shared_configuration(*environment: Optional[str]) -> Configuration:
 
 
 def _default_configuration() -> Configuration:
-    """The one configuration of this environment, so that calls in a loop share a connection."""
+    """One configuration for each set of environment values, so that calls share connections."""
     names = ("XPANDER_API_KEY", "XPANDER_ORGANIZATION_ID", "XPANDER_BASE_URL", "IS_STG")
     return _shared_configuration(*map(os.environ.get, names))
 
@@ -789,7 +789,7 @@ def _async_twin(method: Callable[_P, _T]) -> Callable[_P, Coroutine[Any, Any, _T
 
 @dataclass(repr=False, eq=False)
 class TasksListItem(_Record):
-    """A task as `Task.list` gives it; `load()` gives the whole one."""
+    """An item of `Task.list`; `load()` gives the whole task."""
 
     id: str
     agent_id: _Str = None
@@ -874,7 +874,7 @@ class Task(_SentRecord):
     deep_planning: _JsonObject = None
     extra: Dict[str, Any] = field(default_factory=dict)
 
-    _baseline = "{}"  # what the server said last, as JSON text: it is parsed for a save alone
+    _baseline = "{}"  # the server's last state, as JSON text: parsed only when it is compared
 
     @classmethod
     def from_dict(
@@ -1010,7 +1010,7 @@ class Task(_SentRecord):
         changes = {name: value for name, value in values.items() if value is not None}
         known = json.loads(self._baseline)
         self.__dict__.update(changes)
-        # what the server is not known to have is sent, also by the next save if this one fails
+        # a field that is not in the baseline is sent: also by the next save if this one fails
         self._baseline = _encode({name: known[name] for name in known if name not in changes})
         return self.save()
 
@@ -1139,7 +1139,7 @@ class Task(_SentRecord):
         body: Optional[Dict[str, Any]] = None,
         headers: Mapping[str, str] = {},
     ) -> Task:
-        """The task in the response of a route; its status where a change has an empty response."""
+        """The task in a response; after a change with an empty response, its status is loaded."""
         url = configuration._api_url(route, ids)
         reply = configuration._transport.call(method, url, body, headers)
         if reply.value is None and method in ("PATCH", "DELETE"):
@@ -1196,7 +1196,7 @@ def _encode_query(values: Mapping[str, Any]) -> str:
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Set[str]:
-    """The names of what is in one alone or differs as JSON: True is not 1, key order is nothing."""
+    """The names whose values differ as JSON: True is not 1, and the order of keys is nothing."""
     both = [name for name in old.keys() & new.keys() if old[name] is not new[name]]
     differing = {name for name in both if not _equal_json(old[name], new[name])}
     return (old.keys() ^ new.keys()) | differing
@@ -1210,18 +1210,18 @@ def _equal_json(one: Any, other: Any) -> bool:
 # ---- URLs ----------------------------------------------------------------------------------------
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-# neither "@" (a user name), nor what parsers of URLs read in two ways
+# without "@" (a user name) and the characters that URL parsers disagree on
 _HOST = re.compile(r"[^\s\0-\x20\x7f@%\\/?#\[\]]+")
 
 
 class _URL(NamedTuple):
-    """A URL that can be requested, in its one normal form."""
+    """An http or https URL, normalized."""
 
     scheme: str
     host: str  # lower case, IDNA, neither brackets nor a final dot
     port: int
     target: str  # path and query, percent-encoded
-    dns_name: str  # the host as the name service gets it: a final dot makes a name absolute
+    dns_name: str  # the host as it is looked up: a final dot makes a name absolute
 
     @property
     def netloc(self) -> str:
@@ -1269,7 +1269,7 @@ class _Proxy(NamedTuple):
 
 
 def _find_proxies() -> Dict[str, str]:
-    """The proxies by urllib's rules, whose import (7 ms) is for those alone who may have one."""
+    """The proxies by urllib's rules; it is imported (7 ms) only where one may be set."""
     names = {name.lower() for name in os.environ}
     if sys.platform not in ("win32", "darwin") and not names & {"http_proxy", "https_proxy"}:
         return {}
@@ -1279,7 +1279,7 @@ def _find_proxies() -> Dict[str, str]:
 
 
 def _parse_proxy(url: str) -> _Proxy:
-    """A proxy's URL; any but http is refused, before its password goes anywhere."""
+    """A proxy's URL; any scheme but http is rejected, before its password is sent anywhere."""
     scheme, _, remainder = url.strip().rpartition("://")
     credentials, _, netloc = remainder.rstrip("/").rpartition("@")
     if scheme.lower() not in ("", "http") or "/" in credentials:
@@ -1298,7 +1298,7 @@ def _parse_proxy(url: str) -> _Proxy:
 _CONNECTION_ERRORS = (
     ConnectionError,
     http.client.IncompleteRead,
-    http.client.BadStatusLine,  # one that was cut off, too
+    http.client.BadStatusLine,  # also for a status line that was cut off
     ssl.SSLEOFError,
 )
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
@@ -1321,7 +1321,7 @@ _OWN_HEADERS = {  # which no setting replaces
     "x-api-key",
 }
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")
-_jitter = random.SystemRandom().uniform  # not the generator that a program seeds
+_jitter = random.SystemRandom().uniform  # unaffected by random.seed()
 
 
 class _CancelScope:
@@ -1367,7 +1367,7 @@ def _wait(seconds: float) -> None:
 
 
 class _RetryPolicy(NamedTuple):
-    """After which failures a request is sent again; always where it was not sent at all."""
+    """Which failures are retried; those before anything was sent always are."""
 
     statuses: Tuple[int, ...]
     errors: Tuple[Type[Exception], ...]
@@ -1379,7 +1379,7 @@ class _RetryPolicy(NamedTuple):
 
 
 _RETRY = _RetryPolicy((429, 502, 503, 504), _CONNECTION_ERRORS)
-_RETRY_POST = _RetryPolicy((429,), ())  # what it did before the connection broke is not known
+_RETRY_POST = _RetryPolicy((429,), ())  # it may have taken effect before the connection broke
 _RETRY_STREAM = _RetryPolicy((429, *range(500, 600)), _CONNECTION_ERRORS + _TIMEOUTS)
 
 
@@ -1400,9 +1400,10 @@ class _Request:
 
 
 def _decode_chunks(data: bytes, remaining: int) -> Tuple[bytes, bytes, int, bool]:
-    """The content in `data`, of whose current chunk `remaining` bytes are due (RFC 9112, 7.1).
+    """The content of the chunks in `data` (RFC 9112, section 7.1).
 
-    Also what follows it, the bytes still due of the last chunk, and whether the end came.
+    `remaining`: the bytes that belong to the chunk before. Returns the content, the start of a
+    chunk's head that is not complete, the remaining bytes of the last chunk, whether all came.
     """
     offset, parts, ended = remaining, [data[:remaining]], False
     while not ended and (head := _CHUNK_HEAD.match(data, offset)):
@@ -1428,7 +1429,7 @@ class _Response(http.client.HTTPResponse):
     decoder: Any = None  # of zlib
     encoded = b""  # what the decoder has not taken yet
     pending = False  # whether the decoder has more to give
-    buffer = b""  # what arrived behind the content: a chunk's head, or more than the body
+    buffer = b""  # read but not used: part of a chunk's head, or bytes after the body
     remaining = 0  # bytes still due of the current chunk
     ended = False  # whether the last chunk came
 
@@ -1514,8 +1515,7 @@ class _Response(http.client.HTTPResponse):
         return data
 
     def read_all(self, limit: int, seconds: float = float("inf")) -> bytes:
-        """The body, to its end or just over a limit. What came counts where the status is an error:
-        it says enough, even if the rest is cut off."""
+        """The body, to its end or just over a limit; of an error, also one that is cut off."""
         body, deadline = bytearray(), time.monotonic() + seconds
         try:
             while len(body) <= limit and time.monotonic() < deadline:
@@ -1579,7 +1579,7 @@ class _Connection(http.client.HTTPConnection):
     """A connection to a checked address, through a proxy and under TLS where that is needed."""
 
     response_class = _Response
-    released_at = 0.0  # wall clock: the monotonic one stands still while a host is frozen
+    released_at = 0.0  # wall clock: the monotonic clock stops while a machine is suspended
 
     def __init__(
         self, request: _Request, proxy: Optional[_Proxy], context: Optional[ssl.SSLContext]
@@ -1622,7 +1622,7 @@ class _Connection(http.client.HTTPConnection):
                 raise http.client.HTTPException(text)
 
     def is_usable(self) -> bool:
-        """Whether it is fresh, of this process and silent: an idle one only says that it ends."""
+        """Whether it is recent, of this process and unreadable: readable means closed when idle."""
         fresh = 0 <= time.time() - self.released_at < _MAX_IDLE_SECONDS
         if fresh and self.process == os.getpid():
             try:
@@ -1637,7 +1637,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 def _close_all(connections: List[_Connection]) -> None:
-    with contextlib.suppress(IndexError):  # until there is none, whoever took it
+    with contextlib.suppress(IndexError):  # another thread may take the last one
         while True:
             connections.pop().close()
 
@@ -1749,11 +1749,11 @@ class _Transport:
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
-            request = self._follow(request, response)
+            request.url = self._redirect_url(request, response)
         raise response.error(response.status, f"redirected more than {_MAX_REDIRECTS} times")
 
     def _log(self, request: _Request, outcome: str, seconds: float) -> None:
-        if "logging" in sys.modules:  # whoever wants to see it has imported it
+        if "logging" in sys.modules:  # else nobody can have enabled DEBUG
             import logging  # waits for a thread that is still importing it
 
             logger = logging.getLogger(__name__)
@@ -1761,15 +1761,15 @@ class _Transport:
                 url = self.redact_key(str(request.url).partition("?")[0])
                 logger.debug("%s %s: %s, %.0f ms", request.method, url, outcome, seconds * 1000)
 
-    def _follow(self, request: _Request, response: _Response) -> _Request:
-        """The request that a redirect asks for: a GET, to the same origin or for files to any."""
+    def _redirect_url(self, request: _Request, response: _Response) -> _URL:
+        """Where a redirect leads: for a GET, to the same origin; for files, to any."""
         location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
         location = urllib.parse.quote(location, safe="/%!$&'()*+,;=:@~?#[]")
         url = _parse_url(urllib.parse.urljoin(str(request.url), location), "a redirect")
         if not request.public_only and (request.method != "GET" or request.url[:3] != url[:3]):
             text = f"{request.url.netloc} redirects {request.method}: check XPANDER_BASE_URL"
             raise response.error(response.status, text)
-        return replace(request, method="GET", url=url)
+        return url
 
     def _exchange(self, request: _Request) -> _Response:
         """Send a request over an idle or a new connection; the response's head."""
@@ -1859,7 +1859,7 @@ class _Transport:
         reusable = request.reuse and response.reusable and connection and connection.sock
         if connection and reusable and len(self.idle) < _MAX_IDLE_CONNECTIONS:
             if scope := _current_scope.get():
-                scope.sock = None  # or cancelling ends the call that has the connection next
+                scope.sock = None  # or cancelling ends the next call that takes it
             response.connection = None
             response.close()
             connection.released_at = time.time()
@@ -1890,7 +1890,7 @@ class _Transport:
     def connection_error(self, request: _Request, error: Exception) -> ModuleException:
         """The failure of a request that has no response, or none to its end."""
         error.args = tuple(map(self.redact_key, error.args))  # a traceback shows it as the cause
-        error.__context__ = None  # which it shows, too
+        error.__context__ = None  # a traceback would show this, too
         reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = (
@@ -1917,7 +1917,7 @@ class _Transport:
 
 
 def _redact_key(api_key: Optional[str], text: Any) -> Any:
-    """The text without the key, which a server may have put there."""
+    """The text without the key, which a server may echo."""
     if api_key and len(api_key) >= 4 and isinstance(text, str):
         return re.sub(f"(?i){re.escape(api_key)}", "***", text)
     return text
@@ -1980,8 +1980,8 @@ class _Parser:
 
     def __init__(self, last_id: str = "", retry: Optional[int] = None) -> None:
         self.last_id, self.retry = last_id, retry
-        self._bom = b"\xef\xbb\xbf"  # with which only the first event may start
-        self._pending, self._size = bytearray(), 0  # of an incomplete event: linear in any chunks
+        self._bom = b"\xef\xbb\xbf"  # removed once, at the start of the stream
+        self._pending, self._size = bytearray(), 0  # of an incomplete event
         self._ended_with_cr = False  # an LF that follows belongs to it
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
@@ -2007,7 +2007,7 @@ class _Parser:
         sizes = map(len, complete.split(b"\n\n") if len(complete) > _MAX_EVENT else ())
         fitting = next((number for number, size in enumerate(sizes) if size > _MAX_EVENT), None)
         for block in complete.decode("utf-8", "replace").split("\n\n")[:fitting]:
-            if block.startswith("data: ") and "\n" not in block:  # nearly all: half the time
+            if block.startswith("data: ") and "\n" not in block:  # the usual case: half the time
                 yield ServerSentEvent("message", block[6:], self.last_id, self.retry)
             elif event := self._event(block):
                 yield event
@@ -2124,7 +2124,7 @@ class _Stream:
                 raise
 
     def _connection(self) -> Iterator[List[TaskUpdateEvent]]:
-        """The events of one connection, and the last event if the status says that it is over."""
+        """The events of one connection; then the last event, if the task's status is final."""
         response = self.transport.retry(self._connect, _RETRY_STREAM, self._pause())
         if response:
             with response:
@@ -2152,7 +2152,7 @@ class _Stream:
         return min(max(500 if self.parser.retry is None else self.parser.retry, 100), 30_000) / 1000
 
     def _connect(self, failures: int) -> Optional[_Response]:
-        """A 2xx response; None where the server got the request and said nothing, or hung up."""
+        """A 2xx response; None where it broke or timed out after the request was sent."""
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         last_id = self.parser.last_id.encode()  # UTF-8, as the standard has it
         if re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", last_id):
@@ -2175,6 +2175,9 @@ class _Stream:
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
         """The events of one connection, until it ends in whatever way."""
         if response.status == 200 and "Content-Type" not in response.headers:
+            with contextlib.suppress(*_REQUEST_ERRORS):
+                if response.read_some():
+                    raise response.error(500, "The stream's response has no Content-Type")
             return  # the head was cut off
         kind, status = response.headers.get_content_type(), response.status
         if status != 204 and (status, kind) != (200, "text/event-stream"):
@@ -2201,7 +2204,7 @@ class _Stream:
                     yield batch
                     last_event_at = time.monotonic()  # the consumer's own time is no silence
                 if self.finished or time.monotonic() - last_event_at > self.silence_limit:
-                    return  # the second: nothing but comments
+                    return  # comments alone do not count
         except (OSError, http.client.HTTPException):
             pass  # cut off, or silent
         except ValueError as error:
@@ -2277,7 +2280,7 @@ class _Stream:
             last = error
         with contextlib.suppress(RuntimeError):  # the loop was closed under the stream
             put(last)
-        last = None  # its traceback refers to this frame
+        last = None  # its traceback refers to this frame: a reference cycle
 
 
 class _Events(Iterator[TaskUpdateEvent]):
@@ -2336,7 +2339,7 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
             await self.aclose()  # which also wakes other tasks that wait
             raise
         finally:
-            batch = None  # an error, whose traceback refers to this frame
+            batch = None  # an error, whose traceback refers to this frame: a reference cycle
 
     def _start(self) -> None:
         import asyncio
@@ -2391,7 +2394,7 @@ _MIME_KINDS = {
     "application/xml": "text",
     "image/svg+xml": "text",  # image pipelines refuse it
 }
-# what is not public although some Python's `is_global` says so
+# not public, although `is_global` says so on some versions of Python
 _NOT_PUBLIC = (
     "192.0.0.0/24",  # IETF protocol assignments, RFC 6890, section 2.2.2; metadata of one cloud
     "168.63.129.16/32",  # metadata of another cloud
@@ -2508,7 +2511,7 @@ class _Downloads:
 
     def run(self, scope: _CancelScope, deadline: float) -> None:
         _current_scope.set(scope)
-        with contextlib.suppress(IndexError):  # nothing is left to do
+        with contextlib.suppress(IndexError):  # the queue is empty
             while time.monotonic() < deadline:
                 number, url = self.queue.popleft()
                 try:
@@ -2546,7 +2549,7 @@ class _Downloads:
 
 
 def _decode_file(fetched: _Fetched) -> str:
-    """A file's text, or an error that tells whoever gave the URL nothing about this network."""
+    """A file's text, or an error text that reveals nothing about this network."""
     if isinstance(fetched, ModuleException) and fetched.answered:
         return f"Error: {fetched.description}"
     if isinstance(fetched, Exception):
@@ -2564,7 +2567,7 @@ def _decode_file(fetched: _Fetched) -> str:
 def _agno_pdf(configuration: Configuration, file_class: Any, url: str, fetched: _Fetched) -> Any:
     """agno's File: with the bytes, or with the URL where there are none and agno may fetch it."""
     if isinstance(fetched, Exception) or not fetched[0]:
-        refused = isinstance(fetched, _URLRejected)  # which was warned of
+        refused = isinstance(fetched, _URLRejected)  # with a warning, in `run`
         return file_class(url=url) if not refused and _is_allowed(configuration, url) else None
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
     name = re.sub(r"[^\w. ()+,-]", "_", name)[-255:]
