@@ -2792,7 +2792,8 @@ def test_an_envelope_is_an_event_whatever_the_stream_names_it():
 ANSWERS_AT_ONCE = [
     *((answers(status, {"detail": "no"}), status, "no$") for status in [300, 400, 401, 404, 410]),
     (answers(200, b"<html>Sign in", [("Content-Type", "text/html")]), 500, "text/html"),
-    (answers(200, {"id": "t-1"}), 500, "application/json"), (answers(200, b"<html>"), 500, "no Cont"),
+    (answers(200, {"id": "t-1"}), 500, "application/json"),
+    (answers(200, b"<html>"), 500, "no Content-Type"),
     (answers(200, b"", [("Content-Type", f"text/{KEY.upper()}")]), 500, r"text/\*\*\*"),
     (answers(201, FINISHED.encode(), [("Content-Type", "text/event-stream")]), 500, "201"),
     (answers(302, b"", [("Location", "http://127.0.0.2:9/")]), 302, "redirect"),
