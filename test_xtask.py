@@ -3638,6 +3638,12 @@ def test_a_kept_connection_that_breaks_before_an_answer_is_replaced_uncounted(
         assert (server.connections, len(server.requests), pauses) == (2, len(responses) + 1, [])
 
 
+def test_a_create_whose_answer_is_cut_off_within_its_head_is_not_answered(pauses):
+    with serving("HTTP/1.1 200 OEOF") as server:
+        error = fails(server.config, "POST")
+        assert (error.status_code, error.answered, len(server.requests)) == (500, False, 1)
+
+
 @pytest.mark.parametrize("responses", [["EOF"], [FULL, "HTTP/1.1 200 OEOF"], [FULL, "EOF", "EOF"]])
 def test_a_new_connection_or_an_answer_that_breaks_counts(responses, pauses):
     with serving(*responses, max_retries=0) as server:

@@ -1705,7 +1705,7 @@ class _Transport:
                     text = response.read_all(_MAX_RESPONSE)
                     self._release(request, response)
                 cut_off = response.ends_with_connection and not text and response.status == 200
-                if method == "GET" and cut_off:  # within its head
+                if method in ("GET", "POST") and cut_off:  # within its head
                     raise http.client.IncompleteRead(text)
             except _REQUEST_ERRORS as error:
                 raise self.connection_error(request, error) from error
