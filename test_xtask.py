@@ -2552,12 +2552,16 @@ def half_a_head(connection):
     connection.send("HTTP/1.1 200 OK\r\nContent-Ty")
 
 
+def half_a_type(connection):
+    connection.send("HTTP/1.1 200 OK\r\nContent-Type: text/ev")
+
+
 DOWN, QUIET = answers(503), plays(": nothing yet\n\n")
 
 # fmt: off
 PATIENT = [  # connections before the one that ends the task; `max_retries`
     ([plays()] * 20, 0),
-    ([closed] * 3, 0), ([RawConnection.reset] * 3, 0), ([half_a_head] * 3, 0),
+    ([closed] * 3, 0), ([RawConnection.reset] * 3, 0), ([half_a_head, half_a_type], 0),
     ([DOWN, QUIET] * 3, 1), ([DOWN, plays(sse("chunk", 1)), DOWN, plays(sse("chunk", 2)), DOWN], 1),
     ([DOWN, closed] * 3, 1), ([DOWN, DOWN, RawConnection.reset, DOWN, DOWN], 2),
 ]

@@ -2174,13 +2174,14 @@ class _Stream:
 
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
         """The events of one connection, until it ends in whatever way."""
-        if response.status == 200 and "Content-Type" not in response.headers:
-            with contextlib.suppress(*_REQUEST_ERRORS):
-                if response.read_some():
-                    raise response.error(500, "The stream's response has no Content-Type")
-            return  # the head was cut off
-        kind, status = response.headers.get_content_type(), response.status
+        headers, status = response.headers, response.status
+        kind = headers.get_content_type() if "Content-Type" in headers else "no Content-Type"
         if status != 204 and (status, kind) != (200, "text/event-stream"):
+            cut_off = response.ends_with_connection  # within its head, if no body comes
+            with contextlib.suppress(*_REQUEST_ERRORS):
+                cut_off = cut_off and not response.read_some()
+            if cut_off:
+                return
             text = f"The stream's response is {status} {kind}, not 200 text/event-stream"
             raise response.error(500, text)
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
