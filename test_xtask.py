@@ -1213,7 +1213,8 @@ def test_an_error_is_a_value_that_says_what_happened():
 # fmt: off
 HIDDEN = [
     "https://h/x.pdf?sig=s3cret", "HTTPS://h/x?a=b; n='r'&sig=s3cret", "s3://b/k.pdf?sig=s3cret",
-    "http://user:s3cret@proxy.test:8080", {"access_token": "s3cret"}, {"user_oidc_token": "s3cret"},
+    "http://user:s3cret@proxy.test:8080", "http://user:s3cret@h/?",
+    {"access_token": "s3cret"}, {"user_oidc_token": "s3cret"},
     [{"deep": {"user_tokens": ["s3cret"]}}], {"api_key": "s3cret", "x-api-key": "s3cret"},
     {"https://e.com/a?sig=s3cret": 1}, [[("https://h/x?s3cret",)]],
 ]

@@ -159,7 +159,7 @@ def _warn(message: str, *arguments: Any) -> None:
 
 
 _SECRETS = ("access_token", "user_tokens", "user_oidc_token", "api_key", "x-api-key")
-_URL_PARTS = re.compile(r"(?is)(\s*[a-z][a-z\d+.-]*://)([^/?#]*@)?([^?]*)(\?.+)?")
+_URL_PARTS = re.compile(r"(?is)(\s*[a-z][a-z\d+.-]*://)([^/?#]*@)?([^?]*)(\?.*)?")
 
 
 def _redact(value: Any, depth: int = 100) -> Any:
