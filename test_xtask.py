@@ -2279,6 +2279,11 @@ def test_a_404_to_the_first_try_of_a_stop_is_an_error():
     assert arrivals(server) == ["DELETE"]
 
 
+def test_a_stop_of_a_task_whose_status_did_not_come_has_the_new_one():
+    with replying((200, task_dict(status="stopped"))) as server:
+        assert xtask.Task.from_dict({"id": "t-1"}, server.config).stop().status == "stopped"
+
+
 def test_a_stop_keeps_the_unsaved_changes_but_for_the_status():
     with replying((200, task_dict(title="Old", status="stopped", result="half"))) as server:
         task = make_task(server.config, title="Old")

@@ -1016,7 +1016,8 @@ class Task(_SentRecord):
 
     def stop(self) -> Task:
         """Stop it; unsaved changes stay. Route: DELETE /agent-execution/{task_id}."""
-        before = {**json.loads(self._baseline), "status": _to_json(self.status)}
+        before = json.loads(self._baseline)
+        before.update({name: value for name, value in self.to_dict().items() if name == "status"})
         route, ids = "/agent-execution/{task_id}", {"task_id": self.id}
         stopped = self._request_task(self.configuration, route, ids, "DELETE")
         return self._update(stopped, before)
