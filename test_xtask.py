@@ -230,7 +230,9 @@ class RawConnection:
     def request(self):
         """The next request, or None when the client closed the connection."""
         while b"\r\n\r\n" not in self.buffer:
-            data = self.sock.recv(65536)
+            data = b""
+            with contextlib.suppress(ConnectionResetError):  # which ends it as well
+                data = self.sock.recv(65536)
             if not data:
                 self.server.closed.put(self.number)
                 return None
@@ -4551,17 +4553,6 @@ def test_an_answer_without_content_keeps_its_connection():
     with serving("HTTP/1.1 204 No Content||") as server:
         METHODS["DELETE"](server.config)
         assert (len(server.requests), server.connections) == (2, 1)
-
-
-def test_of_many_connections_32_are_kept():
-    def together(connection):
-        barrier.wait(10)
-        respond(connection, connection.server.requests[-1][1], b"")
-
-    barrier = threading.Barrier(36)
-    with serving(*[together] * 36) as server:
-        at_once(lambda _: METHODS["GET"](server.config), *range(36))
-        wait_until(lambda: len(server.open) == 32)
 
 
 def test_a_kept_connection_that_was_reset_meanwhile_is_replaced(pauses):

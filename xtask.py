@@ -31,6 +31,7 @@ import random
 import re
 import socket
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -1321,6 +1322,7 @@ _OWN_HEADERS = {  # which no setting replaces
     "x-agent-version",
     "x-api-key",
 }
+_RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER's structure
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")
 _jitter = random.SystemRandom().uniform  # unaffected by random.seed()
 
@@ -1343,6 +1345,9 @@ class _CancelScope:
             # close() would not wake a blocked read, and SSLSocket's own shutdown() takes the TLS
             # layer away under the thread that reads
             with contextlib.suppress(OSError):
+                # close() is to reset the connection: Linux may leave a server that is blocked in a
+                # send for a minute without news of the end
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
