@@ -1230,11 +1230,15 @@ class _URL(NamedTuple):
         return self._netloc(self.host)
 
     def _netloc(self, host: str) -> str:
-        host = f"[{host}]" if ":" in host else host
+        host = _bracketed(host)
         return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self._netloc(self.dns_name)}{self.target}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host  # an IPv6 address: RFC 3986, section 3.2.2
 
 
 def _normal_host(host: str) -> str:
@@ -1588,13 +1592,16 @@ class _Connection(http.client.HTTPConnection):
     released_at = 0.0  # wall clock: the monotonic clock stops while a machine is suspended
 
     def __init__(
-        self, request: _Request, proxy: Optional[_Proxy], context: Optional[ssl.SSLContext]
+        self,
+        request: _Request,
+        proxy: Optional[_Proxy],
+        context: Optional[ssl.SSLContext],
+        public_only: bool,
     ) -> None:
         super().__init__(request.url.host, request.url.port, timeout=request.timeout)
         self.default_port = _DEFAULT_PORTS[request.url.scheme]
         self.url, self.proxy, self.context = request.url, proxy, context
-        self.public_only = request.public_only and not proxy
-        self.process = os.getpid()
+        self.public_only, self.process = public_only, os.getpid()
 
     def connect(self) -> None:
         host, port = (self.proxy or (self.url.dns_name, self.port))[:2]
@@ -1613,7 +1620,7 @@ class _Connection(http.client.HTTPConnection):
 
     def _open_tunnel(self, authorization: str) -> None:
         """CONNECT through a proxy (RFC 9110, section 9.3.6)."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = _bracketed(self.host)
         head = f"CONNECT {host}:{self.port} HTTP/1.1\r\nHost: {host}:{self.port}\r\n"
         head += f"Proxy-Authorization: {authorization}\r\n" if authorization else ""
         self.sock.sendall(f"{head}\r\n".encode("latin-1"))
@@ -1724,7 +1731,8 @@ class _Transport:
     def retry(self, attempt: Callable[[int], _T], policy: _RetryPolicy, pause: float = 0.25) -> _T:
         """What `attempt` returns, called with the number of failures so far, all in a row.
 
-        The pauses grow from `pause` seconds to 30, jittered, unless the server asks for another.
+        The pauses grow from `pause` seconds, at most 32-fold and to 30 s, jittered, unless the
+        server asks for another.
         """
         failures = 0
         while True:
@@ -1788,8 +1796,8 @@ class _Transport:
             with contextlib.suppress(ConnectionError, ssl.SSLEOFError):  # closed while it was idle
                 return self._send(idle, request)
             request.sent, request.resent = False, True
-        connection = _Connection(request, proxy, self._tls_context(request.url, trusted))
-        connection.public_only = not (proxy or trusted)
+        context = self._tls_context(request.url, trusted)
+        connection = _Connection(request, proxy, context, not (proxy or trusted))
         try:
             connection.connect()
         except BaseException:
@@ -1830,14 +1838,13 @@ class _Transport:
         return None
 
     def _send(self, connection: _Connection, request: _Request) -> _Response:
-        url, headers, proxy = request.url, {**request.headers}, connection.proxy
+        headers, target, proxy = {**request.headers}, request.url.target, connection.proxy
         if not request.reuse:
             headers["Connection"] = "close"
-        if proxy and not connection.context:
-            headers.update(
-                {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
-            )
-        target = str(url) if proxy and not connection.context else url.target
+        if proxy and not connection.context:  # which forwards the request, where a tunnel does not
+            target = str(request.url)
+            if proxy.authorization:
+                headers["Proxy-Authorization"] = proxy.authorization
         try:
             _attach(connection.sock)
             try:
@@ -1914,9 +1921,8 @@ class _Transport:
         headers = request.response.error(500, "").headers if request.response else None
         failure = ModuleException(500, text, None, False, headers)
         final = (ssl.SSLCertVerificationError, _URLRejected)
-        connecting = isinstance(
-            error, (OSError, http.client.BadStatusLine)
-        )  # the latter: a proxy's
+        # BadStatusLine: of a proxy
+        connecting = isinstance(error, (OSError, http.client.BadStatusLine))
         useless = isinstance(error, final) or getattr(error, "filename", None)
         failure._sent = bool(request.sent or useless or not connecting)
         return failure
@@ -2138,7 +2144,7 @@ class _Stream:
         if self.finished:
             return
         # The end of a connection proves nothing, however clean it looks: the status does.
-        # a few at a time: 200 streams that end at once would hold up the events of others for 90 ms
+        # A few at a time: 200 streams that end at once would hold up the events of others for 90 ms
         has_turn = self.transport.status_turns.acquire(timeout=1.0)
         try:
             task = Task._request_task(self.configuration, _STATUS_ROUTE, {"task_id": self.task_id})
