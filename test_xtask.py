@@ -2564,12 +2564,21 @@ def half_a_type(connection):
     connection.send("HTTP/1.1 200 OK\r\nContent-Type: text/ev")
 
 
+def half_a_coding(connection):
+    connection.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gz")
+
+
+def half_a_204(connection):
+    connection.send("HTTP/1.1 204 No")
+
+
 DOWN, QUIET = answers(503), plays(": nothing yet\n\n")
 
 # fmt: off
 PATIENT = [  # connections before the one that ends the task; `max_retries`
     ([plays()] * 20, 0),
     ([closed] * 3, 0), ([RawConnection.reset] * 3, 0), ([half_a_head, half_a_type], 0),
+    ([half_a_coding, half_a_204], 0),
     ([DOWN, QUIET] * 3, 1), ([DOWN, plays(sse("chunk", 1)), DOWN, plays(sse("chunk", 2)), DOWN], 1),
     ([DOWN, closed] * 3, 1), ([DOWN, DOWN, RawConnection.reset, DOWN, DOWN], 2),
 ]
@@ -3872,6 +3881,9 @@ RETRIES = rows("""
     HTTP/1.1 200 OK|Transfer-Encoding: chunked||999|$EOF         GET PATCH DELETE
     HTTP/1.1 200 OK|Transfer-Encoding: chunked||EOF              GET PATCH DELETE
     HTTP/1.1 103 Early Hints|Link: x||EOF                        GET PATCH DELETE
+    HTTP/1.1 200 OEOF                                            GET PATCH DELETE
+    HTTP/1.1 200 OK|Content-Encoding: gzEOF                      GET PATCH DELETE
+    HTTP/1.1 204 No ContEOF                                      GET PATCH DELETE
 """) + [(str(status), "none") for status in [400, 401, 403, 404, 408, 409, 422, 500, 501, 505]]
 # fmt: on
 

@@ -24,6 +24,7 @@ import contextlib
 import contextvars
 import functools
 import http.client
+import io
 import itertools
 import json
 import os
@@ -1304,7 +1305,7 @@ def _parse_proxy(url: str) -> _Proxy:
 _CONNECTION_ERRORS = (
     ConnectionError,
     http.client.IncompleteRead,
-    http.client.BadStatusLine,  # also for a status line that was cut off
+    http.client.BadStatusLine,
     ssl.SSLEOFError,
 )
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
@@ -1426,6 +1427,19 @@ def _decode_chunks(data: bytes, remaining: int) -> Tuple[bytes, bytes, int, bool
     return b"".join(parts), buffer, max(0, offset - len(data)), ended
 
 
+class _Reader(io.BufferedReader):
+    """Raises where a head is cut off: http.client takes one that ends anywhere for a whole one."""
+
+    started = False
+
+    def readline(self, size: Optional[int] = -1) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size and (line or self.started):
+            raise http.client.IncompleteRead(line)
+        self.started = True
+        return line
+
+
 class _Response(http.client.HTTPResponse):
     """A response whose content is read as it arrives, however it is framed (RFC 9112, section 6.3).
 
@@ -1445,7 +1459,7 @@ class _Response(http.client.HTTPResponse):
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
-        self.sock = sock
+        self.sock, self.fp = sock, _Reader(self.fp.detach())
 
     def begin(self) -> None:
         super().begin()
@@ -1718,7 +1732,7 @@ class _Transport:
                     text = response.read_all(_MAX_RESPONSE)
                     self._release(request, response)
                 cut_off = response.ends_with_connection and not text and response.status == 200
-                if method in ("GET", "POST") and cut_off:  # within its head
+                if method in ("GET", "POST") and cut_off:
                     raise http.client.IncompleteRead(text)
             except _REQUEST_ERRORS as error:
                 raise self.connection_error(request, error) from error
@@ -1921,8 +1935,8 @@ class _Transport:
         headers = request.response.error(500, "").headers if request.response else None
         failure = ModuleException(500, text, None, False, headers)
         final = (ssl.SSLCertVerificationError, _URLRejected)
-        # BadStatusLine: of a proxy
-        connecting = isinstance(error, (OSError, http.client.BadStatusLine))
+        from_proxy = (http.client.BadStatusLine, http.client.IncompleteRead)
+        connecting = isinstance(error, (OSError, *from_proxy))
         useless = isinstance(error, final) or getattr(error, "filename", None)
         failure._sent = bool(request.sent or useless or not connecting)
         return failure
@@ -2189,7 +2203,7 @@ class _Stream:
         headers, status = response.headers, response.status
         kind = headers.get_content_type() if "Content-Type" in headers else "no Content-Type"
         if status != 204 and (status, kind) != (200, "text/event-stream"):
-            cut_off = response.ends_with_connection  # within its head, if no body comes
+            cut_off = response.ends_with_connection  # if no body comes
             with contextlib.suppress(*_REQUEST_ERRORS):
                 cut_off = cut_off and not response.read_some()
             if cut_off:
@@ -2545,8 +2559,7 @@ class _Downloads:
             for part in iter(response.read_some, b""):
                 content += part
                 self.count(number, len(content))
-            # cut off within its head, or by us: both look like the end of a file without a length
-            if _is_cancelled() or (response.ends_with_connection and not content):
+            if _is_cancelled():  # which looks like the end of a file without a length
                 raise http.client.IncompleteRead(b"")
             kind = response.headers.get("Content-Type", "")
             charset = re.search(r'(?i);\s*charset\s*=[\s"]*([^\s;"]{1,40})', kind)
