@@ -1218,7 +1218,8 @@ HIDDEN = [
     "http://user:s3cret@proxy.test:8080", "http://user:s3cret@h/?",
     {"access_token": "s3cret"}, {"user_oidc_token": "s3cret"},
     [{"deep": {"user_tokens": ["s3cret"]}}], {"api_key": "s3cret", "x-api-key": "s3cret"},
-    {"https://e.com/a?sig=s3cret": 1}, [[("https://h/x?s3cret",)]],
+    {"https://e.com/a?sig=s3cret": 1}, [[("https://h/x?s3cret",)]], "https://h/x#token=s3cret",
+    [{"headers": {"Authorization": "Bearer s3cret", "X-API-Key": "s3cret"}}],
 ]
 # fmt: on
 

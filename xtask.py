@@ -14,7 +14,7 @@ Each method has an async twin with the prefix `a`: `await Task.aload(...)`, `asy
 task.aevents()`. Failures are `ModuleException`; wrong arguments are `ValueError`.
 
 Copy this file into your project; MIT-0 asks for no notice. `__version__` says which version it is;
-to update, replace the file. What stands below the cutting line (a local platform for tests and
+to update, replace the file. Everything below the line "cut here" (a local platform for tests, and
 the terminal program) may be deleted. Python 3.9 or newer, no other package.
 """
 
@@ -108,12 +108,12 @@ _MAX_FILES = 32 * 2**20  # bytes of all input files of one call
 _FILE_THREADS = 8
 _MAX_REDIRECTS = 5
 _CONNECT_TIMEOUT = 10.0  # seconds
-_MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more gets no second request
-_MAX_IDLE_SECONDS = 20.0  # an idle connection is closed before any load balancer closes it
+_MAX_RETRY_AFTER = 60.0  # seconds; where a server asks for more, the error is raised at once
+_MAX_IDLE_SECONDS = 20.0  # an older idle connection is not reused: load balancers close them
 _MAX_IDLE_CONNECTIONS = 32
-_REPLAY_WINDOW = 10_000  # events remembered, to skip what is sent again after a reconnect
-_PUMP_SLOTS = 4  # batches of a stream (64 KiB or one event) that may wait for an async consumer
-_STATUS_LOADS = 4  # status loads of streams at a time, unless one waited for a second
+_REPLAY_WINDOW = 10_000  # events remembered, to skip those that are sent again after a reconnect
+_PUMP_SLOTS = 4  # batches (64 KiB of a stream, or one event) that may wait for an async consumer
+_STATUS_LOADS = 4  # concurrent status loads of streams; each waits a second at most for its turn
 _FINAL_SILENCE = 5.0  # seconds of silence after which the stream of a finished task is over
 _REFUSAL_SECONDS = 2.0  # to read the body of an error response to a stream
 
@@ -121,15 +121,15 @@ _REFUSAL_SECONDS = 2.0  # to read the body of an error response to a stream
 
 
 class ModuleException(Exception):
-    """The platform gave no answer, or an answer that reports an error.
+    """The platform did not respond, or its response reports an error or cannot be used.
 
     `status_code` is the HTTP status, 500 where there is none; `description` says what happened;
-    `details` is the parsed body of the response or None; `answered` is False where no server said
-    it (no connection, a timeout, a missing setting); `headers` are those of the response, with
-    names in lower case, or None. The cause is chained.
+    `details` is the parsed body of the response or None; `answered` is False where it does not
+    come from a server (no connection, a timeout, a missing setting); `headers` are those of the
+    response, with names in lower case, or None. The cause is chained.
     """
 
-    _sent = True  # False where connecting failed, so that the server saw nothing of the request
+    _sent = True  # False where connecting failed, so that the server received no request
 
     def __init__(
         self,
@@ -160,24 +160,32 @@ def _warn(message: str, *arguments: Any) -> None:
     logging.getLogger(__name__).warning(message, *arguments)
 
 
-_SECRETS = ("access_token", "user_tokens", "user_oidc_token", "api_key", "x-api-key")
-_URL_PARTS = re.compile(r"(?is)(\s*[a-z][a-z\d+.-]*://)([^/?#]*@)?([^?]*)(\?.*)?")
+_SECRETS = [
+    "access_token",
+    "api_key",
+    "authorization",
+    "user_oidc_token",
+    "user_tokens",
+    "x-api-key",
+]
+_URL_PARTS = re.compile(r"(?is)(\s*[a-z][a-z\d+.-]*://)([^/?#]*@)?([^?#]*)([?#].*)?")
 
 
 def _redact(value: Any, depth: int = 100) -> Any:
-    """The value without secrets, and URLs without passwords and queries, for all that is shown."""
+    """The value for people to see: without secrets, and without the password and query of a URL."""
     if isinstance(value, (dict, list, tuple)) and not depth:
         return "..."
     if isinstance(value, dict):
-        return {
-            _redact(key): "***" if key in _SECRETS and item else _redact(item, depth - 1)
-            for key, item in value.items()
-        }
+        shown = {}
+        for key, item in value.items():
+            is_secret = item and str(key).lower() in _SECRETS
+            shown[_redact(key)] = "***" if is_secret else _redact(item, depth - 1)
+        return shown
     if isinstance(value, (list, tuple)):
         return [_redact(item, depth - 1) for item in value]
     url = _URL_PARTS.fullmatch(value) if isinstance(value, str) else None
     if url and (url[2] or url[4]):
-        return url[1] + ("***@" if url[2] else "") + url[3] + ("?***" if url[4] else "")
+        return url[1] + ("***@" if url[2] else "") + url[3] + (f"{url[4][0]}***" if url[4] else "")
     return value
 
 
@@ -190,7 +198,7 @@ def _repr(owner: Any, values: Mapping[str, Any]) -> str:
 
 
 class _OpenEnum(str, Enum):
-    """A `str` enum that accepts newer values: they become members that are not registered."""
+    """A `str` enum that accepts unknown values: they become members that are not registered."""
 
     __str__ = str.__str__  # an f-string prints the value on every Python, not `Name.member`
 
@@ -278,22 +286,22 @@ _T = TypeVar("_T")
 _Str = Optional[str]
 _StrList = Optional[List[str]]
 _Bool = Optional[bool]
-_JsonObject = Optional[Dict[str, Any]]
+_Object = Dict[str, Any]  # a JSON object
 _Time = Union[datetime, str, None]
 _OLD_DATETIME = sys.version_info < (3, 11)
 
 
 def _parse_time(value: Any) -> Any:
-    """An aware datetime (no zone means UTC); what does not parse stays as it came."""
+    """An aware datetime (no zone means UTC); a value that does not parse is returned unchanged."""
     if not isinstance(value, str) or not value.isascii():
         return value
     text = value.upper()  # fromisoformat() rejects a lower-case "z"
-    if _OLD_DATETIME:  # it takes fractions of 3 or 6 digits alone, and no "Z"
+    if _OLD_DATETIME:  # it accepts only fractions of 3 or 6 digits, and no "Z"
         text = text.replace("Z", "+00:00")
         text = re.sub(r"\.\d+", lambda fraction: f"{fraction[0]:0<7}"[:7], text)
     try:
         moment = datetime.fromisoformat(text)
-    except (ValueError, IndexError):  # IndexError: PyPy, for less than a date
+    except (ValueError, IndexError):  # IndexError: PyPy, where the date is cut off
         return value
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
@@ -315,28 +323,28 @@ def _to_json(value: Any) -> Any:
     return json.loads(_encode(value))
 
 
-def _drop_none(values: Mapping[str, Any]) -> Dict[str, Any]:
+def _drop_none(values: Mapping[str, Any]) -> _Object:
     """The values that are not None, as JSON."""
     return {name: value for name, value in _to_json(values).items() if value is not None}
 
 
-def _converted(convert: Callable[[Any], Any], source: type = str, default: Any = None) -> Any:
+def _converted(convert: Callable[[Any], Any], source: type = str) -> Any:
     """A field whose JSON value is converted, if it has the type `source`."""
-    return field(default=default, metadata={"convert": (source, convert)})
+    return field(default=None, metadata={"convert": (source, convert)})
 
 
 class _Schema(NamedTuple):
-    """The fields of a record, but for `extra` and `raw`."""
+    """The fields of a record, except `extra` and `raw`."""
 
-    defaults: Dict[str, Any]
+    defaults: _Object
     factories: List[Tuple[str, Callable[[], Any]]]
     converters: List[Tuple[str, type, Callable[[Any], Any]]]
 
 
 class _Record:
-    """The base of all that is parsed from JSON objects. `extra` holds the keys without a field."""
+    """The base of everything parsed from a JSON object. `extra` holds the keys without a field."""
 
-    extra: Dict[str, Any]
+    extra: _Object
     _source: Mapping[str, Any] = {}  # the object that was parsed: its keys, its spelling of times
     _configuration: Optional[Configuration] = None  # of records that can make further calls
 
@@ -357,7 +365,7 @@ class _Record:
 
     @classmethod
     def from_dict(cls: Type[_R], data: Mapping[str, Any]) -> _R:
-        """The record of a JSON object. Nothing is refused and nothing is lost."""
+        """The record of a JSON object. No object is refused, and nothing of it is lost."""
         defaults, factories, converters = cls._schema()
         self = cls.__new__(cls)
         self.__dict__ = state = {**defaults, **data}
@@ -373,11 +381,11 @@ class _Record:
                 state[name] = convert(value)
         return self
 
-    def to_dict(self) -> Dict[str, Any]:
-        """The JSON object: every key that came, and every field that is set."""
+    def to_dict(self) -> _Object:
+        """The JSON object: every key that was received, and every field that is set."""
         return _to_json(self)  # type: ignore[no-any-return]
 
-    def _items(self) -> Dict[str, Any]:
+    def _items(self) -> _Object:
         source, items = self._source, {}
         for name, default in self._schema().defaults.items():
             value = getattr(self, name)
@@ -386,10 +394,10 @@ class _Record:
                 items[name] = source[name] if unchanged else value  # times as the server wrote them
         return {**items, **self.extra}
 
-    def _values(self) -> Dict[str, Any]:
+    def _values(self) -> _Object:
         return {name: getattr(self, name) for name in self._schema().defaults}
 
-    def __eq__(self, other: object) -> bool:  # generated ones take a fifth of import
+    def __eq__(self, other: object) -> bool:  # generating one per class takes a fifth of the import
         if not isinstance(other, _Record) or type(other) is not type(self):
             return NotImplemented
         return self._values() == other._values() and self.extra == other.extra
@@ -397,7 +405,7 @@ class _Record:
     def __repr__(self) -> str:
         return _repr(self, self._values())
 
-    if not TYPE_CHECKING:  # type checkers see the fields alone
+    if not TYPE_CHECKING:  # type checkers see only the fields
 
         def __getattr__(self, name: str) -> Any:
             extra = self.__dict__.get("extra") or {}
@@ -407,7 +415,7 @@ class _Record:
 
 
 class _SentRecord(_Record):
-    """A record that a save sends, so that a misspelt field must not be lost in silence."""
+    """A record that a save sends: setting a misspelt field is an error, not a silent loss."""
 
     if not TYPE_CHECKING:
 
@@ -426,28 +434,28 @@ class _SentRecord(_Record):
 
 @dataclass(repr=False, eq=False)
 class User(_SentRecord):
-    """The user whom a task is run for. The platform requires `email`."""
+    """The user that a task runs for. The platform requires `email`."""
 
     email: _Str = None
     id: _Str = None
     first_name: _Str = None
     last_name: _Str = None
-    additional_attributes: _JsonObject = None
+    additional_attributes: Optional[_Object] = None
     timezone: _Str = None
     display_name: _Str = None
-    extra: Dict[str, Any] = field(default_factory=dict)
+    extra: _Object = field(default_factory=dict)
 
 
 @dataclass(repr=False, eq=False)
 class AgentExecutionInput(_SentRecord):
-    """The input of a task: a text, URLs of files, files with a description, and who asks."""
+    """The input of a task: its text, URLs of files, attachments (dicts with a `url`), the user."""
 
     text: _Str = None
     files: _StrList = None
     user: Optional[User] = _converted(User.from_dict, dict)
     attachments: Optional[List[Dict[str, Any]]] = None
-    principal: _JsonObject = None
-    extra: Dict[str, Any] = field(default_factory=dict)
+    principal: Optional[_Object] = None
+    extra: _Object = field(default_factory=dict)
 
 
 @dataclass(repr=False, eq=False)
@@ -456,7 +464,7 @@ class ToolCallRequestReasoning(_Record):
 
     title: _Str = None
     description: _Str = None
-    extra: Dict[str, Any] = field(default_factory=dict)
+    extra: _Object = field(default_factory=dict)
 
 
 def _reasoning() -> Any:
@@ -475,7 +483,7 @@ class ToolCallRequest(_Record):
     payload: Any = None
     reasoning: Optional[ToolCallRequestReasoning] = _reasoning()
     plan_task_id: _Str = None
-    extra: Dict[str, Any] = field(default_factory=dict)
+    extra: _Object = field(default_factory=dict)
 
 
 @dataclass(repr=False, eq=False)
@@ -495,7 +503,7 @@ class AgentActivityThreadMessageContent(_Record):
 
     text: _Str = None
     files: _StrList = None
-    extra: Dict[str, Any] = field(default_factory=dict)
+    extra: _Object = field(default_factory=dict)
 
 
 @dataclass(repr=False, eq=False)
@@ -504,7 +512,7 @@ class _Entry(_Record):
 
     id: str
     created_at: _Time = _converted(_parse_time)
-    extra: Dict[str, Any] = field(default_factory=dict)
+    extra: _Object = field(default_factory=dict)
 
 
 @dataclass(repr=False, eq=False)
@@ -560,7 +568,7 @@ class AgentActivityThreadAuth(_Entry):
 
 
 class AgentActivityThreadOtherEntry(_Entry):
-    """An entry of any other kind: all of it but `id` and `created_at` is in `extra`."""
+    """An entry of any other kind: everything except `id` and `created_at` is in `extra`."""
 
 
 _AUTH_TYPES = ("not_supported", "login_required", "token_issue", "token_ready")
@@ -574,7 +582,7 @@ _GATEWAY_ACTIONS = [
 
 
 def _parse_entry(entry: Any) -> Any:
-    """The kind is told from the keys, in this order: entries carry no tag that names it."""
+    """The record of an entry, whose kind is told by its keys: the first match counts."""
     if not isinstance(entry, dict):
         return entry
     kind = entry.get("type")
@@ -603,7 +611,7 @@ def _parse_entries(entries: List[Any]) -> List[Any]:
 
 @dataclass(repr=False, eq=False)
 class AgentActivityThread(_Entry):
-    """What a task did: its `messages`, oldest first. Route: GET /activity/{agent_id}/{task_id}."""
+    """The activity log of a task: its `messages`, oldest first."""
 
     messages: List[_Entry] = field(
         default_factory=list, metadata={"convert": (list, _parse_entries)}
@@ -627,15 +635,16 @@ def _from_env(value: Optional[str], variable: str) -> Optional[str]:
 
 @dataclass(frozen=True, init=False)
 class Configuration:
-    """Where the platform is and who asks. Immutable; shared by any number of tasks and threads.
+    """The platform's address and the credentials. Any number of tasks and threads may share one.
 
     Unset values come from XPANDER_API_KEY, XPANDER_ORGANIZATION_ID and XPANDER_BASE_URL, when the
-    object is made. `timeout`: the longest single wait for the network, in seconds. `max_retries`:
-    how often a failed request is sent again. `idle_timeout`: seconds of silence after which a
-    stream is opened anew. `ssl_context`: instead of `ssl.create_default_context()`. `headers`: more
-    headers for the API and the events, for gateways that ask for them; never sent for files.
-    `trusted_file_hosts`: hosts to fetch files from although their address is not public. A pickle
-    carries the key and the headers. ValueError: a value that cannot be used.
+    object is made. `timeout`: the longest single wait for the network in seconds, except for the
+    look-up of a name. `max_retries`: how often a failed request is sent again. `idle_timeout`:
+    seconds of silence after which a stream reconnects. `ssl_context`: used instead of
+    `ssl.create_default_context()`. `headers`: additional headers for the API and the events, as
+    gateways require them; never sent for files. `trusted_file_hosts`: hosts from which files may be
+    fetched although their address is not public. A pickle contains the key and the headers.
+    ValueError: a value that cannot be used.
     """
 
     api_key: _Str = field(repr=False)
@@ -716,39 +725,36 @@ class Configuration:
         state = self.__dict__
         return state.get("_transport") or state.setdefault("_transport", _Transport(self))  # type: ignore[no-any-return]
 
-    def _api_url(self, route: str, ids: Mapping[str, Any]) -> str:
+    def _api_url(self, route: str, *ids: Any) -> str:
         """A route under the API root, which names the organization on an agent controller."""
         url = _parse_url(self.base_url)
         is_controller = "agent-controller" in url.host or url.port == 9016
         if is_controller or url.target.split("/")[1] == "agent-controller":
-            route, ids = (
-                "/{organization_id}" + route,
-                {"organization_id": self.organization_id, **ids},
-            )
-        return self.base_url + _path(route, ids)
+            route, ids = "/{organization_id}" + route, (self.organization_id, *ids)
+        return self.base_url + _path(route, *ids)
 
     def _events_url(self, task: Task) -> str:
-        """The route of a task's events: another host for the cloud, another port for local work."""
+        """The URL of a task's events: on another host in the cloud, on another port locally."""
         url, base = _parse_url(self.base_url), self.base_url
         if url.host in ("inbound.xpander.ai", "inbound.stg.xpander.ai"):
             base = "https://" + url.host.replace("inbound", "agent-controller", 1)
         elif url.port == 8085 and url.host in ("localhost", "127.0.0.1", "::1"):
             base = "http://localhost:9016"
-        organization_id = self.organization_id or task.organization_id
-        ids = {"organization_id": organization_id, "task_id": task.id}
-        return base + _path("/{organization_id}/agent-execution/{task_id}/events", ids)
+        route = "/{organization_id}/agent-execution/{task_id}/events"
+        return base + _path(route, self.organization_id or task.organization_id, task.id)
 
 
-def _path(route: str, ids: Mapping[str, Any]) -> str:
-    """A route with its ids filled in, each a whole segment (RFC 3986, section 3.3)."""
-    for name, value in ids.items():
+def _path(route: str, *ids: Any) -> str:
+    """A route with its ids filled in, each as one segment (RFC 3986, section 3.3)."""
+    names = re.findall(r"{(\w+)}", route)
+    for name, value in zip(names, ids):
         if name == "organization_id" and not value:
             reason = "No organization: set XPANDER_ORGANIZATION_ID or organization_id"
             raise ModuleException(400, reason, answered=False)
         if not isinstance(value, str) or value.strip() in ("", ".", ".."):
-            raise ValueError(f"{name} must be a string that is not empty")
-    quoted = {name: urllib.parse.quote(value, safe="") for name, value in ids.items()}
-    return route.format(**quoted)
+            raise ValueError(f"{name} must be a string, and neither empty nor dots")
+    quoted = [urllib.parse.quote(value, safe="") for value in ids]
+    return route.format(**dict(zip(names, quoted)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -757,7 +763,7 @@ def _shared_configuration(*environment: Optional[str]) -> Configuration:
 
 
 def _default_configuration() -> Configuration:
-    """One configuration for each set of environment values, so that calls share connections."""
+    """The configuration of the current environment values; calls that use it share connections."""
     names = ("XPANDER_API_KEY", "XPANDER_ORGANIZATION_ID", "XPANDER_BASE_URL", "IS_STG")
     return _shared_configuration(*map(os.environ.get, names))
 
@@ -766,8 +772,8 @@ def _default_configuration() -> Configuration:
 
 
 def _async_twin(method: Callable[_P, _T]) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """The async twin of a method: runs it in a thread, which ends when the twin is cancelled."""
-    function: Any = getattr(method, "__func__", method)  # of a class method
+    """The async twin of a method: runs it in a thread, and cancelling the twin ends its request."""
+    function: Any = getattr(method, "__func__", method)  # the function of a class method
     owner, _, name = function.__qualname__.rpartition(".")
 
     @functools.wraps(function)
@@ -776,7 +782,7 @@ def _async_twin(method: Callable[_P, _T]) -> Callable[_P, Coroutine[Any, Any, _T
 
         def run() -> Any:
             _current_scope.set(scope)  # in the thread's own copy of the context
-            return getattr(arguments[0], name)(*arguments[1:], **options)
+            return getattr(arguments[0], name)(*arguments[1:], **options)  # as a subclass has it
 
         scope = _CancelScope()
         try:
@@ -805,7 +811,7 @@ class TasksListItem(_Record):
     source_node_type: _Str = None
     result: _Str = None
     title: _Str = None
-    extra: Dict[str, Any] = field(default_factory=dict)
+    extra: _Object = field(default_factory=dict)
 
     def load(self) -> Task:
         """The whole task, with the configuration of the list."""
@@ -819,15 +825,14 @@ _OTHER_NAMES = {  # of the official SDK
     "user_details": "user",
     "tool_call_payload_extension": "payload_extension",
 }
-_STATUS_ROUTE = "/agent-execution/{task_id}/status"
 
 
 @dataclass(repr=False, eq=False)
 class Task(_SentRecord):
-    """A task of the platform: the fields of its OpenAPI schema `AgentExecution`.
+    """A task of the platform, with the fields of its OpenAPI schema `AgentExecution`.
 
-    Change fields, then `save()`. What has no field here is in `extra`, and is kept. All calls raise
-    `ModuleException` and `ValueError`. One thread or coroutine may use a task at a time.
+    Change fields, then `save()`. Keys without a field are in `extra`, and are kept. All calls raise
+    `ModuleException` and `ValueError`. Only one thread or coroutine at a time may use a task.
     """
 
     id: str
@@ -858,13 +863,13 @@ class Task(_SentRecord):
     used_mutating_tools: _Bool = False
     is_continuous: _Bool = False
     disable_attachment_injection: _Bool = False
-    payload_extension: _JsonObject = None
-    output_schema: _JsonObject = None
+    payload_extension: Optional[_Object] = None
+    output_schema: Optional[_Object] = None
     output_format: Optional[OutputFormat] = _converted(OutputFormat)
     think_mode: _Str = None
     mcp_servers: Optional[List[Dict[str, Any]]] = field(default_factory=list)
-    hitl_request: _JsonObject = None
-    pending_eca_request: _JsonObject = None
+    hitl_request: Optional[_Object] = None
+    pending_eca_request: Optional[_Object] = None
     llm_model_provider: _Str = None
     llm_model_name: _Str = None
     llm_reasoning_effort: _Str = None
@@ -872,9 +877,9 @@ class Task(_SentRecord):
     instructions_override: _Str = None
     duration: Optional[float] = None
     used_tools: _StrList = None
-    tokens: _JsonObject = None
-    deep_planning: _JsonObject = None
-    extra: Dict[str, Any] = field(default_factory=dict)
+    tokens: Optional[_Object] = None
+    deep_planning: Optional[_Object] = None
+    extra: _Object = field(default_factory=dict)
 
     _baseline = "{}"  # the server's last state, as JSON text: parsed only when it is compared
 
@@ -882,9 +887,9 @@ class Task(_SentRecord):
     def from_dict(
         cls, data: Mapping[str, Any], configuration: Optional[Configuration] = None
     ) -> Task:
-        """The task of a JSON object, as the server said it last: `save()` compares with this."""
+        """The task of a JSON object, taken as the server's state: `save()` compares with it."""
         text = _encode(dict(data))
-        return cls._from_response(json.loads(text), text, configuration)  # shares nothing with data
+        return cls._from_response(json.loads(text), text, configuration)  # a copy of the data
 
     @classmethod
     def _from_response(cls, data: Mapping[str, Any], text: Any, configuration: Any) -> Task:
@@ -898,7 +903,7 @@ class Task(_SentRecord):
 
     @property
     def configuration(self) -> Configuration:
-        """What the calls of this task use: the one it was made with, else the environment's."""
+        """The configuration that this task was made with, else that of the environment."""
         return self._configuration or _default_configuration()
 
     @configuration.setter
@@ -917,8 +922,9 @@ class Task(_SentRecord):
 
         It is a class method: to load a task again into the same object, use `reload`.
         """
-        ids = {"task_id": task_id}
-        return cls._request_task(configuration or _default_configuration(), _STATUS_ROUTE, ids)
+        configuration = configuration or _default_configuration()
+        route = "/agent-execution/{task_id}/status"
+        return cls._request_task(configuration, "GET", route, task_id)
 
     @classmethod
     def create(
@@ -935,8 +941,8 @@ class Task(_SentRecord):
 
         Options are the platform's create keys (`events_streaming`, `output_format`, `title`, ...);
         those that are None are left out. `user=` (a `User` or its dict), `attachments=` and
-        `principal=` go into the input, `id=` continues a task, `agent_version=` picks a version.
-        Neither prompt nor files, attachments or id: ValueError.
+        `principal=` go into the input, `id=` continues a task, `agent_version=` selects a version.
+        ValueError without a prompt, files, attachments and an id.
         """
         for name in _OTHER_NAMES.keys() & options.keys():
             raise ValueError(f"{name} is called {_OTHER_NAMES[name]} here")
@@ -945,16 +951,15 @@ class Task(_SentRecord):
         version = str(options.pop("agent_version", None) or "")
         if not _is_header_value(version):
             raise ValueError("agent_version must be printable ASCII")
-        asked = {"text": prompt, "files": file_urls or None}
-        asked.update(
-            {name: options.pop(name, None) for name in ("user", "attachments", "principal")}
-        )
+        task_input = {"text": prompt, "files": file_urls or None}
+        for name in ("user", "attachments", "principal"):
+            task_input[name] = options.pop(name, None)
         return cls._request_task(
             configuration or _default_configuration(),
-            "/agent-execution/{agent_id}",
-            {"agent_id": agent_id},
             "POST",
-            _drop_none({"input": _drop_none(asked), **options}),
+            "/agent-execution/{agent_id}",
+            agent_id,
+            _drop_none({"input": _drop_none(task_input), **options}),
             {"x-agent-version": version} if version else {},
         )
 
@@ -970,24 +975,23 @@ class Task(_SentRecord):
         if "filters" in filters:
             raise ValueError('give the filters by name: Task.list(agent_id, status="completed")')
         configuration = configuration or _default_configuration()
-        route = "/agent-execution/executions/history/{agent_id}"
-        url = configuration._api_url(route, {"agent_id": agent_id})
+        url = configuration._api_url("/agent-execution/executions/history/{agent_id}", agent_id)
         if query := _encode_query(filters):
             url += f"?{query}"
-        reply = configuration._transport.call("GET", url)
-        items = reply.value
+        response = configuration._transport.call("GET", url)
+        items = response.value
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise reply.unexpected("a list of objects")
+            raise response.unexpected("a list of objects")
         records = [TasksListItem.from_dict(item) for item in items]
         for record in records:
             record._configuration = configuration
         return records
 
     def save(self) -> Task:
-        """Send the fields that differ from what the server said last, and take its response.
+        """Send the fields that differ from the server's last state, and take its response.
 
-        Deep changes count, None is sent as null. A failed save loses nothing: the next one sends
-        the changes. Nothing to send: it reloads. Route: PATCH /agent-execution/{task_id}/update.
+        Nested changes count; None is sent as null. A failed save loses nothing: the next one sends
+        the changes. If there are none, it reloads. Route: PATCH /agent-execution/{task_id}/update.
         """
         if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
             raise ValueError("internal_status has more than the 255 characters the platform takes")
@@ -995,44 +999,43 @@ class Task(_SentRecord):
         changed = _changed(json.loads(self._baseline), before)
         body = {name: value for name, value in before.items() if name in changed}
         if not body:
-            return self._update(self._request_status(), before)
-        route, ids = "/agent-execution/{task_id}/update", {"task_id": self.id}
-        return self._update(
-            self._request_task(self.configuration, route, ids, "PATCH", body), before
-        )
+            return self._update(self.load(self.id, self.configuration), before)
+        route = "/agent-execution/{task_id}/update"
+        newer = self._request_task(self.configuration, "PATCH", route, self.id, body)
+        return self._update(newer, before)
 
     def set_status(
         self, status: Union[AgentExecutionStatus, str], result: Optional[str] = None
     ) -> Task:
-        """Send the status, the result if there is one, and all other unsaved changes."""
+        """Send the status, the result if one is given, and all other unsaved changes."""
         if status not in list(AgentExecutionStatus):
             names = ", ".join(AgentExecutionStatus)
             raise ValueError(f"{str(status)!r} is not a status: use one of {names}")
         values = {"status": AgentExecutionStatus(status), "result": result}
         changes = {name: value for name, value in values.items() if value is not None}
-        known = json.loads(self._baseline)
+        baseline = json.loads(self._baseline)
         self.__dict__.update(changes)
         # a field that is not in the baseline is sent: also by the next save if this one fails
-        self._baseline = _encode({name: known[name] for name in known if name not in changes})
+        self._baseline = _encode({key: baseline[key] for key in baseline if key not in changes})
         return self.save()
 
     def stop(self) -> Task:
-        """Stop it; unsaved changes stay. Route: DELETE /agent-execution/{task_id}."""
+        """Stop it; unsaved changes stay unsaved. Route: DELETE /agent-execution/{task_id}."""
         before = json.loads(self._baseline)
-        before.update({name: value for name, value in self.to_dict().items() if name == "status"})
-        route, ids = "/agent-execution/{task_id}", {"task_id": self.id}
-        stopped = self._request_task(self.configuration, route, ids, "DELETE")
+        route = "/agent-execution/{task_id}"
+        stopped = self._request_task(self.configuration, "DELETE", route, self.id)
+        self.status = stopped.status  # the one change that does not stay
         return self._update(stopped, before)
 
     def reload(self) -> Task:
-        """The server's state, into this object. Unsaved changes are dropped."""
-        return self._update(self._request_status())
+        """Load the server's state into this object. Unsaved changes are dropped."""
+        return self._update(self.load(self.id, self.configuration))
 
     def wait_finished(self, timeout: Optional[float] = None, *, or_paused: bool = False) -> Task:
         """Reload until the status is final, with pauses that grow from 0.5 to 5 s.
 
         `or_paused`: also until it is `paused`, which means that the task waits for a person.
-        `TimeoutError` after `timeout` seconds, which are looked at after each reload.
+        `TimeoutError` after `timeout` seconds, which are checked after each reload.
         """
         for pause in self._pauses(timeout, or_paused):
             _wait(pause)
@@ -1042,7 +1045,7 @@ class Task(_SentRecord):
     async def await_finished(
         self, timeout: Optional[float] = None, *, or_paused: bool = False
     ) -> Task:
-        """`wait_finished`, async. No thread waits, so cancelling is immediate."""
+        """`wait_finished`, async. It sleeps in the event loop, not in a thread."""
         import asyncio
 
         for pause in self._pauses(timeout, or_paused):
@@ -1051,12 +1054,12 @@ class Task(_SentRecord):
         return self
 
     def events(self) -> _Events:
-        """The task's events, each when it arrives; the last one is its `task_finished`.
+        """The task's events, each as it arrives; the last one is its `task_finished`.
 
-        Broken and silent connections are replaced, and each event comes once; any other end than
-        the task's is a `ModuleException`. ValueError at the call without `events_streaming`.
-        `close()` or `with` leaves the stream at once. Route, under the events root:
-        GET /{organization_id}/agent-execution/{task_id}/events.
+        Broken and silent connections are replaced, and no event is repeated; if the stream ends
+        before the task, that is a `ModuleException`. ValueError at the call if the task has no
+        `events_streaming`. `close()` or `with` leaves the stream at once. Route, under the events
+        root: GET /{organization_id}/agent-execution/{task_id}/events.
         """
         return _Events(_Stream(self))
 
@@ -1069,14 +1072,13 @@ class Task(_SentRecord):
 
         Route: GET /activity/{agent_id}/{task_id}.
         """
-        ids = {"agent_id": self.agent_id, "task_id": self.id}
-        url = self.configuration._api_url("/activity/{agent_id}/{task_id}", ids)
-        reply = self.configuration._transport.call("GET", url)
-        if reply.value in (None, {}):
-            raise reply.response.error(404, "No activity log yet")
-        if not isinstance(reply.value, dict):
-            raise reply.unexpected("an activity log")
-        return AgentActivityThread.from_dict(reply.value)
+        url = self.configuration._api_url("/activity/{agent_id}/{task_id}", self.agent_id, self.id)
+        response = self.configuration._transport.call("GET", url)
+        if response.value in (None, {}):
+            raise response.error(404, "No activity log yet")
+        if not isinstance(response.value, dict):
+            raise response.unexpected("an activity log")
+        return AgentActivityThread.from_dict(response.value)
 
     def get_files(self) -> List[Any]:
         """The PDFs: `agno.media.File` with their bytes where agno is installed, else URLs."""
@@ -1100,10 +1102,11 @@ class Task(_SentRecord):
         return [Image(url=url) for url in urls if _is_allowed(self.configuration, url)]
 
     def get_human_readable_files(self) -> List[Dict[str, str]]:
-        """`{"url", "content"}` of each readable file, in order; 8 are fetched at a time.
+        """`{"url": ..., "content": ...}` of each readable file, in order; 8 are fetched at a time.
 
-        At most 10 MiB each, 32 MiB and the configuration's `timeout` seconds for the call; one
-        that fails has the content "Error: ...". With `disable_attachment_injection`: URLs alone.
+        Limits: 10 MiB a file; 32 MiB and the configuration's `timeout` seconds for the whole call.
+        A file that fails has the content "Error: ...". With `disable_attachment_injection` there
+        are only the URLs.
         """
         urls = self._file_urls("text")
         if self.disable_attachment_injection:
@@ -1112,13 +1115,13 @@ class Task(_SentRecord):
         return [{"url": url, "content": content} for url, content in zip(urls, contents)]
 
     def to_message(self) -> str:
-        """The input as one text for a model: the text, the URLs, the readable files' contents."""
+        """The input as one text for a model: its text, the URLs, the contents of readable files."""
         urls, readable = self._file_urls(), self.get_human_readable_files()
         lines = [getattr(self.input, "text", None), "Files: " + ", ".join(urls) if urls else None]
         lines += ["Files contents:", *map(json.dumps, readable)] if readable else []
         return "\n".join(map(str, filter(None, lines)))
 
-    # The async twins; `aevents` and `await_finished` are beside theirs.
+    # The async twins; `aevents` and `await_finished` stand beside their sync forms.
     aload = classmethod(_async_twin(load))
     acreate = classmethod(_async_twin(create))
     alist = classmethod(_async_twin(list))
@@ -1136,26 +1139,24 @@ class Task(_SentRecord):
     def _request_task(
         cls,
         configuration: Configuration,
+        method: str,
         route: str,
-        ids: Dict[str, str],
-        method: str = "GET",
-        body: Optional[Dict[str, Any]] = None,
+        id: str,
+        body: Optional[_Object] = None,
         headers: Mapping[str, str] = {},
     ) -> Task:
-        """The task in a response; after a change with an empty response, its status is loaded."""
-        url = configuration._api_url(route, ids)
-        reply = configuration._transport.call(method, url, body, headers)
-        if reply.value is None and method in ("PATCH", "DELETE"):
-            return cls._request_task(configuration, _STATUS_ROUTE, ids)
-        if isinstance(reply.value, dict) and isinstance(reply.value.get("id"), str):
-            return cls._from_response(reply.value, reply.text, configuration)
-        raise reply.unexpected("a task")
+        """The task in a response; where a change has an empty response, the task is loaded."""
+        url = configuration._api_url(route, id)
+        response = configuration._transport.call(method, url, body, headers)
+        value = response.value
+        if value is None and method in ("PATCH", "DELETE"):
+            return cls.load(id, configuration)
+        if isinstance(value, dict) and isinstance(value.get("id"), str):
+            return cls._from_response(value, response.text, configuration)
+        raise response.unexpected("a task")
 
-    def _request_status(self) -> Task:
-        return self._request_task(self.configuration, _STATUS_ROUTE, {"task_id": self.id})
-
-    def _update(self, newer: Task, before: Optional[Dict[str, Any]] = None) -> Task:
-        """Take the state of `newer`, but for what the caller changed since the state `before`."""
+    def _update(self, newer: Task, before: Optional[_Object] = None) -> Task:
+        """Take the state of `newer`, except for what the caller changed since `before`."""
         for name in _changed(before, self.to_dict()) if before is not None else ():
             if name in self._schema().defaults:
                 newer.__dict__[name] = self.__dict__[name]
@@ -1166,7 +1167,7 @@ class Task(_SentRecord):
         return self
 
     def _pauses(self, timeout: Optional[float], or_paused: bool) -> Iterator[float]:
-        """The pauses between two looks at the status, until it is final."""
+        """The pauses before each check of the status, until it is final."""
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         pause = 0.0
         while not (self.is_finished or (pause and or_paused and self.status == "paused")):
@@ -1177,7 +1178,7 @@ class Task(_SentRecord):
             pause = min(max(0.5, pause * 1.5), 5.0)
 
     def _file_urls(self, kind: Optional[str] = None) -> List[str]:
-        """The URLs of the attachments, then of the files that are not among them; of one kind."""
+        """The URLs of the attachments, then those of further files; only those of one kind."""
         values = (getattr(self.input, name, None) for name in ("attachments", "files"))
         attachments, files = (value if isinstance(value, list) else [] for value in values)
         items = [item for item in attachments if isinstance(item, dict)]
@@ -1190,7 +1191,7 @@ class Task(_SentRecord):
 
 
 def _encode_query(values: Mapping[str, Any]) -> str:
-    """True as `true`, a list as a repeated key, None left out."""
+    """A query string: True as `true`, a list as a repeated key, None left out."""
     pairs = []
     for name, value in _drop_none(values).items():
         for item in value if isinstance(value, list) else [value]:
@@ -1199,7 +1200,7 @@ def _encode_query(values: Mapping[str, Any]) -> str:
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Set[str]:
-    """The names whose values differ as JSON: True is not 1, and the order of keys is nothing."""
+    """The names whose values differ as JSON: True is not 1, and the order of keys is irrelevant."""
     both = [name for name in old.keys() & new.keys() if old[name] is not new[name]]
     differing = {name for name in both if not _equal_json(old[name], new[name])}
     return (old.keys() ^ new.keys()) | differing
@@ -1213,7 +1214,7 @@ def _equal_json(one: Any, other: Any) -> bool:
 # ---- URLs ----------------------------------------------------------------------------------------
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-# without "@" (a user name) and the characters that URL parsers disagree on
+# no "@" (a user name), and none of the characters on which URL parsers disagree
 _HOST = re.compile(r"[^\s\0-\x20\x7f@%\\/?#\[\]]+")
 
 
@@ -1243,14 +1244,14 @@ def _bracketed(host: str) -> str:
 
 
 def _normal_host(host: str) -> str:
-    """A host name as it is connected to, compared and trusted; ValueError: not a name."""
+    """The normal form of a host name, to connect to, compare and trust; ValueError: invalid."""
     host = host.strip("[]") if host.isascii() else host.encode("idna").decode()
     return host.lower().rstrip(".")
 
 
 def _parse_url(url: str, name: str = "a file's URL") -> _URL:
-    """The normal form of an http or https URL without a user name."""
-    if len(url) > 2048 and not url.isascii():  # normalizing takes time by the square of the length
+    """The normal form of an http or https URL without a user name; any other is rejected."""
+    if len(url) > 2048 and not url.isascii():  # IDNA takes time by the square of the length
         raise _URLRejected(f"{name} has more than 2048 characters, some of them not ASCII")
     try:
         parts = urllib.parse.urlsplit(url.strip())
@@ -1263,7 +1264,7 @@ def _parse_url(url: str, name: str = "a file's URL") -> _URL:
             f"{name} must be an http or https URL with a host and without a user name"
         ) from None
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    target = urllib.parse.quote(target, safe="/%!$&'()*+,;=:@~?")  # a path has no "?" of its own
+    target = urllib.parse.quote(target, safe="/%!$&'()*+,;=:@~?")
     port = _DEFAULT_PORTS[parts.scheme] if port is None else port
     dns_name = host + "." if given.endswith(".") else host
     return _URL(parts.scheme, host, port, target, dns_name)
@@ -1276,7 +1277,7 @@ class _Proxy(NamedTuple):
 
 
 def _find_proxies() -> Dict[str, str]:
-    """The proxies by urllib's rules; it is imported (7 ms) only where one may be set."""
+    """The proxies by urllib's rules; it is imported (7 ms) only where a proxy may be set."""
     names = {name.lower() for name in os.environ}
     if sys.platform not in ("win32", "darwin") and not names & {"http_proxy", "https_proxy"}:
         return {}
@@ -1286,7 +1287,7 @@ def _find_proxies() -> Dict[str, str]:
 
 
 def _parse_proxy(url: str) -> _Proxy:
-    """A proxy's URL; any scheme but http is rejected, before its password is sent anywhere."""
+    """A proxy by its URL; any scheme but http is rejected before its password is sent anywhere."""
     scheme, _, remainder = url.strip().rpartition("://")
     credentials, _, netloc = remainder.rstrip("/").rpartition("@")
     if scheme.lower() not in ("", "http") or "/" in credentials:
@@ -1310,11 +1311,11 @@ _CONNECTION_ERRORS = (
 )
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
 # What a request may raise. ValueError: an invalid host or port, also in a redirect; TypeError and
-# RecursionError: headers that are too much for the parser of e-mail, which http.client uses
+# RecursionError: headers on which the e-mail parser fails, which http.client uses
 _REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, TypeError, RecursionError)
 _USER_AGENT = f"xtask/{__version__}"
 _NO_CODING = ("", "identity", "aws-chunked")
-_OWN_HEADERS = {  # which no setting replaces
+_OWN_HEADERS = {  # which Configuration.headers cannot replace
     "accept",
     "cache-control",
     "connection",
@@ -1327,13 +1328,13 @@ _OWN_HEADERS = {  # which no setting replaces
     "x-agent-version",
     "x-api-key",
 }
-_RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER's structure
+_RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # struct linger
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")
 _jitter = random.SystemRandom().uniform  # unaffected by random.seed()
 
 
 class _CancelScope:
-    """Lets one thread end what another does on the network."""
+    """Lets one thread end the network operation of another."""
 
     def __init__(self) -> None:
         self.cancelled = threading.Event()
@@ -1347,16 +1348,16 @@ class _CancelScope:
     def cancel(self) -> None:
         self.cancelled.set()
         if sock := self.sock:
-            # close() would not wake a blocked read, and SSLSocket's own shutdown() takes the TLS
-            # layer away under the thread that reads
+            # close() would not wake a blocked read, and SSLSocket.shutdown() removes the TLS layer
+            # from under the thread that reads
             with contextlib.suppress(OSError):
-                # close() is to reset the connection: Linux may leave a server that is blocked in a
-                # send for a minute without news of the end
+                # the later close() is to reset the connection: without that, Linux may let a server
+                # that is blocked in a send wait for a minute
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-# The scope of what this thread does: of an async twin, a stream or a file; none for a plain call
+# The scope of this thread's work: of an async twin, a stream or a file; None for a plain call
 _current_scope: contextvars.ContextVar[Optional[_CancelScope]] = contextvars.ContextVar(
     "xtask_scope", default=None
 )
@@ -1373,12 +1374,12 @@ def _is_cancelled() -> bool:
 
 
 def _wait(seconds: float) -> None:
-    """Every pause between two requests; it ends early when its scope is cancelled."""
+    """Pause between two requests; it ends early when the current scope is cancelled."""
     (_current_scope.get() or _CancelScope()).cancelled.wait(seconds)
 
 
 class _RetryPolicy(NamedTuple):
-    """Which failures are retried; those before anything was sent always are."""
+    """Which failures are retried; a request that was not sent always is."""
 
     statuses: Tuple[int, ...]
     errors: Tuple[Type[Exception], ...]
@@ -1403,9 +1404,9 @@ class _Request:
     headers: Mapping[str, str]
     timeout: float  # seconds, of a single wait
     body: Optional[bytes] = None
-    reuse: bool = False  # over an idle connection, which is idle again afterwards
-    public_only: bool = False  # the URL is a stranger's
-    sent: bool = False  # whether the server may have seen any of it
+    reuse: bool = False  # take an idle connection, and keep the connection afterwards
+    untrusted: bool = False  # a file's URL: any origin, but public addresses only
+    sent: bool = False  # whether the server may have received any of it
     resent: bool = False  # whether it was sent before, over an idle connection that was broken
     response: Optional[_Response] = None
 
@@ -1413,12 +1414,13 @@ class _Request:
 def _decode_chunks(data: bytes, remaining: int) -> Tuple[bytes, bytes, int, bool]:
     """The content of the chunks in `data` (RFC 9112, section 7.1).
 
-    `remaining`: the bytes that belong to the chunk before. Returns the content, the start of a
-    chunk's head that is not complete, the remaining bytes of the last chunk, whether all came.
+    `remaining`: how many bytes at the start still belong to the previous chunk. Returns the
+    content, an incomplete chunk head at the end of `data`, how many bytes the last chunk still
+    lacks, and whether the final chunk came.
     """
     offset, parts, ended = remaining, [data[:remaining]], False
     while not ended and (head := _CHUNK_HEAD.match(data, offset)):
-        offset = head.end() + int(head[1], 16)  # which may be beyond what arrived
+        offset = head.end() + int(head[1], 16)  # may be beyond the end of `data`
         parts.append(data[head.end() : offset])
         ended = offset == head.end()
     buffer = data[offset:]
@@ -1428,7 +1430,7 @@ def _decode_chunks(data: bytes, remaining: int) -> Tuple[bytes, bytes, int, bool
 
 
 class _Reader(io.BufferedReader):
-    """Raises where a head is cut off: http.client takes one that ends anywhere for a whole one."""
+    """Raises where a head is cut off: http.client takes one that ends anywhere as complete."""
 
     started = False
 
@@ -1446,15 +1448,17 @@ class _Response(http.client.HTTPResponse):
     gzip and deflate are decoded, asked for or not (RFC 9110, section 8.4).
     """
 
-    connection: Optional[_Connection] = None
+    connection: Optional[_Connection] = None  # until it is released
     host: str
     redact_key: Callable[[Any], Any]
+    text = b""  # the body of the response to a call
+    value: Any = None  # its JSON value; None where it is empty
     coding = ""
     decoder: Any = None  # of zlib
-    encoded = b""  # what the decoder has not taken yet
-    pending = False  # whether the decoder has more to give
-    buffer = b""  # read but not used: part of a chunk's head, or bytes after the body
-    remaining = 0  # bytes still due of the current chunk
+    encoded = b""  # read, but not yet taken by the decoder
+    pending = False  # whether the decoder has more output
+    buffer = b""  # read, but not used: part of a chunk's head, or bytes after the body
+    remaining = 0  # bytes that the current chunk still lacks
     ended = False  # whether the last chunk came
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
@@ -1463,7 +1467,7 @@ class _Response(http.client.HTTPResponse):
 
     def begin(self) -> None:
         super().begin()
-        for _ in range(10):  # http.client skips 100 alone of the interim responses
+        for _ in range(10):  # of the interim responses, http.client skips only 100
             if self.status == 101 or self.status >= 200:  # 101 is final: another protocol follows
                 codings = self.headers.get_all("Content-Encoding", [])
                 if self.ends_with_connection:
@@ -1471,21 +1475,25 @@ class _Response(http.client.HTTPResponse):
                 names = [name.strip() for name in ",".join(codings).lower().split(",")]
                 self.coding = ", ".join(name for name in names if name not in _NO_CODING)
                 return
-            self.headers = None  # type: ignore[assignment]  # or begin() does nothing
+            self.headers = None  # type: ignore[assignment]  # begin() does nothing if it is set
             super().begin()
         raise http.client.HTTPException("too many interim responses")
 
     def error(self, status: int, description: str, details: Any = None) -> ModuleException:
-        """An error with the headers of this response, and without the key that it may repeat."""
+        """An error with the headers of this response; the key is hidden in the description."""
         headers = {name.lower(): value for name, value in self.headers.items()}
         return ModuleException(status, self.redact_key(description), details, True, headers)
 
+    def unexpected(self, expected: str) -> ModuleException:
+        kind = type(self.value).__name__
+        return self.error(500, f"{self.host} sent {kind} instead of {expected}", self.value)
+
     def read_some(self) -> bytes:
-        """What has arrived of the content, b"" at its end; IncompleteRead if it was cut off."""
+        """The content that has arrived, b"" at its end; IncompleteRead if it was cut off."""
         return self._decode() if self.coding else self._read_body()
 
     def _decode(self) -> bytes:
-        """Some of the decoded content: a bomb gives no more than 64 KiB at a time."""
+        """Some of the decoded content, at most 64 KiB at a time, however much it expands."""
         import zlib
 
         text = f"the response has the Content-Encoding {self.coding:.60}, "
@@ -1513,8 +1521,8 @@ class _Response(http.client.HTTPResponse):
                 return content
 
     def _read_body(self) -> bytes:
-        """What has arrived of the body."""
-        if self.length == 0:  # also a 204 that claims to have chunks
+        """The part of the body that has arrived."""
+        if self.length == 0:  # also for a 204 that declares chunks
             return b""
         if self.chunked:
             return self._read_chunks()
@@ -1527,7 +1535,7 @@ class _Response(http.client.HTTPResponse):
         return part
 
     def _read_chunks(self) -> bytes:
-        """The content of all chunks that arrived: one at a time doubles the CPU of a burst."""
+        """The content of all chunks that arrived: one at a time would double the CPU of a burst."""
         data = b""
         while not data and not self.ended:
             arrived = self.fp.read1(65536)
@@ -1539,7 +1547,7 @@ class _Response(http.client.HTTPResponse):
         return data
 
     def read_all(self, limit: int, seconds: float = float("inf")) -> bytes:
-        """The body, to its end or just over a limit; of an error, also one that is cut off."""
+        """The body, to its end or just over the limit; that of an error may be cut off."""
         body, deadline = bytearray(), time.monotonic() + seconds
         try:
             while len(body) <= limit and time.monotonic() < deadline:
@@ -1554,12 +1562,12 @@ class _Response(http.client.HTTPResponse):
 
     @property
     def ends_with_connection(self) -> bool:
-        """Whether nothing tells the end of the body, so that a cut looks like an end."""
+        """Whether the body has no declared end, so that a cut looks like its end."""
         return self.length is None and not self.chunked
 
     @property
     def reusable(self) -> bool:
-        """Whether the body ended where the head said, so that another response may follow."""
+        """Whether the body ended where its head declared, so that another response may follow."""
         if self.ended:
             return self.buffer == b"\r\n" and "Content-Length" not in self.headers
         declared = self.chunked or self.headers.get("Content-Length", "0") != "0"
@@ -1567,14 +1575,14 @@ class _Response(http.client.HTTPResponse):
         return ended and not (self.status == 204 and declared)
 
     def close(self) -> None:
-        """Close it and its connection, if that was not released."""
+        """Close it, and its connection unless that was released."""
         super().close()
         if self.connection:
             self.connection.close()
 
 
 def _open_socket(host: str, port: int, public_only: bool, seconds: float) -> socket.socket:
-    """A socket connected to the first address of the host that accepts."""
+    """A socket connected to the first address of the host that accepts the connection."""
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     if public_only:
         _require_public(host, addresses)
@@ -1587,7 +1595,7 @@ def _open_socket(host: str, port: int, public_only: bool, seconds: float) -> soc
             _attach(sock)
             sock.settimeout(max(0.1, (deadline - time.monotonic()) / (len(addresses) + 1)))
             sock.connect(address)
-            _attach(sock)  # being cancelled while connecting looks like success
+            _attach(sock)  # a connect that was cancelled meanwhile looks like success
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             return sock
@@ -1600,7 +1608,7 @@ def _open_socket(host: str, port: int, public_only: bool, seconds: float) -> soc
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to a checked address, through a proxy and under TLS where that is needed."""
+    """A connection to a checked address, through a proxy and with TLS where needed."""
 
     response_class = _Response
     released_at = 0.0  # wall clock: the monotonic clock stops while a machine is suspended
@@ -1641,7 +1649,8 @@ class _Connection(http.client.HTTPConnection):
         # the response cannot read ahead into the tunnel: in TLS the client speaks first
         with _Response(self.sock, method="CONNECT") as response:
             response.begin()
-            reason = http.client.responses.get(response.status, "")  # its own may repeat a password
+            # the standard reason: the proxy's own may repeat the password
+            reason = http.client.responses.get(response.status, "")
             text = f"the proxy refused the tunnel: {response.status} {reason}"
             if response.status in (502, 503, 504):
                 raise ConnectionError(text)
@@ -1649,7 +1658,7 @@ class _Connection(http.client.HTTPConnection):
                 raise http.client.HTTPException(text)
 
     def is_usable(self) -> bool:
-        """Whether it is recent, of this process and unreadable: readable means closed when idle."""
+        """Whether it is recent, of this process and still open: a closed one is readable."""
         fresh = 0 <= time.time() - self.released_at < _MAX_IDLE_SECONDS
         if fresh and self.process == os.getpid():
             try:
@@ -1669,21 +1678,8 @@ def _close_all(connections: List[_Connection]) -> None:
             connections.pop().close()
 
 
-class _Reply(NamedTuple):
-    """What the platform said: a JSON value (None for an empty body), its text, and the response."""
-
-    value: Any
-    text: bytes
-    response: _Response
-
-    def unexpected(self, expected: str) -> ModuleException:
-        kind = type(self.value).__name__
-        text = f"{self.response.host} sent {kind} where {expected} was expected"
-        return self.response.error(500, text, self.value)
-
-
 class _Transport:
-    """What a configuration keeps: its idle connections, its TLS contexts, its proxies."""
+    """The requests of a configuration, with its idle connections, TLS contexts and proxies."""
 
     def __init__(self, configuration: Configuration) -> None:
         self.timeout, self.max_retries = configuration.timeout, configuration.max_retries
@@ -1699,7 +1695,7 @@ class _Transport:
         proxies = configuration.__dict__.get("_proxies")
         self.proxies: Dict[str, str] = _find_proxies() if proxies is None else proxies
         # No lock: a list's append and remove are atomic, and a lock that another thread holds at
-        # a fork stays locked for ever.
+        # a fork stays locked in the child forever.
         self.idle: List[_Connection] = []
         self.status_turns = threading.Semaphore(_STATUS_LOADS)
         weakref.finalize(self, _close_all, self.idle)
@@ -1715,38 +1711,39 @@ class _Transport:
 
     def call(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] = {}
-    ) -> _Reply:
-        """The JSON in the response to a request, which is sent again where that is safe."""
+    ) -> _Response:
+        """The response to a request, with its JSON value; it is sent again where that is safe."""
         headers = {"Accept": "application/json", **headers}
         content = None
         if body is not None:
             content = json.dumps(body, allow_nan=False).encode()
             headers["Content-Type"] = "application/json"
 
-        def attempt(failures: int) -> _Reply:
+        def attempt(failures: int) -> _Response:
             request = self.request(
                 method, url, headers, timeout=self.timeout, body=content, reuse=method != "POST"
             )
             try:
                 with self.open(request) as response:
-                    text = response.read_all(_MAX_RESPONSE)
+                    response.text = response.read_all(_MAX_RESPONSE)
                     self._release(request, response)
-                cut_off = response.ends_with_connection and not text and response.status == 200
-                if method in ("GET", "POST") and cut_off:
-                    raise http.client.IncompleteRead(text)
+                is_empty = response.status == 200 and not response.text
+                if is_empty and response.ends_with_connection and method in ("GET", "POST"):
+                    raise http.client.IncompleteRead(b"")
             except _REQUEST_ERRORS as error:
                 raise self.connection_error(request, error) from error
-            if method == "DELETE" and response.status == 404 and (failures or request.resent):
-                return _Reply(None, b"", response)  # the first one may have done it
-            return _Reply(self.parse_response(response, text), text, response)
+            repeated = method == "DELETE" and (failures or request.resent)
+            if not (repeated and response.status == 404):  # the first one may have succeeded
+                response.value = self.parse_response(response)
+            return response
 
         return self.retry(attempt, _RETRY_POST if method == "POST" else _RETRY)
 
     def retry(self, attempt: Callable[[int], _T], policy: _RetryPolicy, pause: float = 0.25) -> _T:
-        """What `attempt` returns, called with the number of failures so far, all in a row.
+        """The result of `attempt`, which is called with the number of failures so far.
 
-        The pauses grow from `pause` seconds, at most 32-fold and to 30 s, jittered, unless the
-        server asks for another.
+        The pause is `pause` seconds, doubled for each of the first 4 failures, times a jitter of 1
+        to 2, at most 30 s; or what the server asks for.
         """
         failures = 0
         while True:
@@ -1763,7 +1760,7 @@ class _Transport:
             failures += 1
 
     def open(self, request: _Request) -> _Response:
-        """The response to a request, or to the one that its redirects lead to."""
+        """The response to a request, after its redirects."""
         for _ in range(_MAX_REDIRECTS + 1):
             started, outcome = time.monotonic(), "an error"
             try:
@@ -1790,20 +1787,20 @@ class _Transport:
                 logger.debug("%s %s: %s, %.0f ms", request.method, url, outcome, seconds * 1000)
 
     def _redirect_url(self, request: _Request, response: _Response) -> _URL:
-        """Where a redirect leads: for a GET, to the same origin; for files, to any."""
+        """The target of a redirect: of a GET alone, and only for files off the origin."""
         location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
         location = urllib.parse.quote(location, safe="/%!$&'()*+,;=:@~?#[]")
         url = _parse_url(urllib.parse.urljoin(str(request.url), location), "a redirect")
-        if not request.public_only and (request.method != "GET" or request.url[:3] != url[:3]):
+        if not request.untrusted and (request.method != "GET" or request.url[:3] != url[:3]):
             text = f"{request.url.netloc} redirects {request.method}: check XPANDER_BASE_URL"
             raise response.error(response.status, text)
         return url
 
     def _exchange(self, request: _Request) -> _Response:
-        """Send a request over an idle or a new connection; the response's head."""
+        """Send a request over an idle or a new connection, and read the head of the response."""
         proxy = self._proxy_for(request.url)
-        trusted = not request.public_only or request.url.host in self.trusted_hosts
-        if proxy and not trusted:  # names are the proxy's to resolve; literals can be checked
+        trusted = not request.untrusted or request.url.host in self.trusted_hosts
+        if proxy and not trusted:  # the proxy resolves names; literal addresses can be checked
             _check_host(request.url, socket.AI_NUMERICHOST)
         if idle := self._checkout(request, proxy):
             request.sent = True
@@ -1829,7 +1826,7 @@ class _Transport:
         return None if proxy_bypass(url.netloc) else _parse_proxy(proxy)
 
     def _tls_context(self, url: _URL, trusted: bool) -> Optional[ssl.SSLContext]:
-        """The configuration's context, or for strangers one without its client certificate."""
+        """The configuration's context, or for other hosts one without its client certificate."""
         if url.scheme == "http":
             return None
         if trusted and self.context:
@@ -1841,7 +1838,7 @@ class _Transport:
         return self.default_context
 
     def _checkout(self, request: _Request, proxy: Optional[_Proxy]) -> Optional[_Connection]:
-        """An idle connection for the request; those that cannot be used any more are closed."""
+        """An idle connection for the request; those that are no longer usable are closed."""
         for connection in self.idle[::-1] if request.reuse else ():
             if connection.url[:3] == request.url[:3] and connection.proxy == proxy:
                 with contextlib.suppress(ValueError):  # another thread was faster
@@ -1855,7 +1852,7 @@ class _Transport:
         headers, target, proxy = {**request.headers}, request.url.target, connection.proxy
         if not request.reuse:
             headers["Connection"] = "close"
-        if proxy and not connection.context:  # which forwards the request, where a tunnel does not
+        if proxy and not connection.context:  # without a tunnel, the proxy forwards the request
             target = str(request.url)
             if proxy.authorization:
                 headers["Proxy-Authorization"] = proxy.authorization
@@ -1864,7 +1861,7 @@ class _Transport:
             try:
                 connection.request(request.method, target, request.body, headers)
             except OSError:
-                # the server may have sent its response before it had the whole body
+                # the server may have responded before it received the whole body
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     return self._response(connection, request)
                 raise
@@ -1880,9 +1877,9 @@ class _Transport:
         return response
 
     def _release(self, request: _Request, response: _Response) -> None:
-        """Make the connection of a response that was read to its end idle."""
+        """Return the connection of a response to the idle ones, if its body was read to its end."""
         connection = response.connection
-        # one that is to be closed has no socket any more
+        # http.client has taken the socket of a connection that is to be closed
         reusable = request.reuse and response.reusable and connection and connection.sock
         if connection and reusable and len(self.idle) < _MAX_IDLE_CONNECTIONS:
             if scope := _current_scope.get():
@@ -1892,9 +1889,9 @@ class _Transport:
             connection.released_at = time.time()
             self.idle.append(connection)
 
-    def parse_response(self, response: _Response, body: bytes) -> Any:
+    def parse_response(self, response: _Response) -> Any:
         """The JSON value of a response (None for an empty one), or a ModuleException."""
-        status, host = response.status, response.host
+        status, host, body = response.status, response.host, response.text
         if len(body) > _MAX_RESPONSE:
             raise response.error(500, f"{host} sent more than {_MAX_RESPONSE // 2**20} MiB")
         invalid: Optional[Exception] = None
@@ -1910,14 +1907,14 @@ class _Transport:
             text = text or http.client.responses.get(status, "Unknown status")
             raise response.error(status, _redact(text), value)
         if invalid:
-            what = "HTML" if is_html else "something"
+            what = "HTML" if is_html else "a body"
             raise response.error(500, f"{host} sent {what} that is not JSON") from invalid
         return value
 
     def connection_error(self, request: _Request, error: Exception) -> ModuleException:
-        """The failure of a request that has no response, or none to its end."""
-        error.args = tuple(map(self.redact_key, error.args))  # a traceback shows it as the cause
-        error.__context__ = None  # a traceback would show this, too
+        """The error of a request without a response, or without a complete one."""
+        error.args = tuple(map(self.redact_key, error.args))  # tracebacks show it as the cause
+        error.__context__ = None  # tracebacks would show this, too
         reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = (
@@ -1943,14 +1940,14 @@ class _Transport:
 
 
 def _redact_key(api_key: Optional[str], text: Any) -> Any:
-    """The text without the key, which a server may echo."""
+    """The text without the key, which a server may repeat."""
     if api_key and len(api_key) >= 4 and isinstance(text, str):
         return re.sub(f"(?i){re.escape(api_key)}", "***", text)
     return text
 
 
 def _describe(value: Any, depth: int = 2) -> str:
-    """What the JSON of an error says, as the platform and proxies write it; "" if nothing."""
+    """The message in the JSON of an error, as the platform and proxies write it; "" if none."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):  # of a 422
@@ -1966,7 +1963,7 @@ def _join(path: Any) -> str:
 
 
 def _parse_retry_after(value: str) -> Optional[float]:
-    """The seconds of a Retry-After, which may be a date (RFC 9110, section 10.2.3)."""
+    """The seconds of a Retry-After, also if it is a date (RFC 9110, section 10.2.3)."""
     if re.fullmatch("[0-9]+", value.strip()):
         return float(value)  # infinity for hundreds of digits
     from email.utils import parsedate_to_datetime
@@ -1982,7 +1979,7 @@ def _parse_retry_after(value: str) -> Optional[float]:
 
 
 class ServerSentEvent(NamedTuple):
-    """An event of a stream; `id` and `retry` (milliseconds) are the last seen so far."""
+    """An event of a stream; `id` and `retry` (milliseconds) are the last ones seen so far."""
 
     event: str
     data: str
@@ -1994,9 +1991,9 @@ class ServerSentEvent(NamedTuple):
 
 
 def iter_sse(chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
-    """The events of a `text/event-stream` in chunks cut anywhere; ValueError for one over 16 MiB.
+    """The events of a `text/event-stream` whose bytes come in chunks, cut anywhere. Does no I/O.
 
-    WHATWG HTML, section 9.2.6, "Interpreting an event stream". Does no I/O.
+    WHATWG HTML, section 9.2.6, "Interpreting an event stream". ValueError: an event over 16 MiB.
     """
     return itertools.chain.from_iterable(map(_Parser().feed, chunks))
 
@@ -2007,14 +2004,14 @@ class _Parser:
     def __init__(self, last_id: str = "", retry: Optional[int] = None) -> None:
         self.last_id, self.retry = last_id, retry
         self._bom = b"\xef\xbb\xbf"  # removed once, at the start of the stream
-        self._pending, self._size = bytearray(), 0  # of an incomplete event
-        self._ended_with_cr = False  # an LF that follows belongs to it
+        self._pending, self._size = bytearray(), 0  # an incomplete event, and its bytes so far
+        self._ended_with_cr = False  # an LF that follows belongs to the CR
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
         """The events that this chunk completes."""
         complete, arrived = b"", len(chunk)
-        if self._ended_with_cr or b"\n" in chunk or b"\r" in chunk:  # others complete nothing
-            if self._ended_with_cr and chunk[:1] == b"\n":  # a CRLF over two chunks counts once
+        if self._ended_with_cr or b"\n" in chunk or b"\r" in chunk:  # else it completes nothing
+            if self._ended_with_cr and chunk[:1] == b"\n":  # a CRLF over two chunks is one end
                 chunk, self._ended_with_cr = chunk[1:], False
             if chunk:
                 self._ended_with_cr = chunk.endswith(b"\r")
@@ -2033,12 +2030,12 @@ class _Parser:
         sizes = map(len, complete.split(b"\n\n") if len(complete) > _MAX_EVENT else ())
         fitting = next((number for number, size in enumerate(sizes) if size > _MAX_EVENT), None)
         for block in complete.decode("utf-8", "replace").split("\n\n")[:fitting]:
-            if block.startswith("data: ") and "\n" not in block:  # the usual case: half the time
+            if block.startswith("data: ") and "\n" not in block:  # usual, and twice as fast
                 yield ServerSentEvent("message", block[6:], self.last_id, self.retry)
             elif event := self._event(block):
                 yield event
         if fitting is not None or self._size > _MAX_EVENT:
-            raise ValueError(f"an event of over {_MAX_EVENT // 2**20} MiB")
+            raise ValueError(f"an event of more than {_MAX_EVENT // 2**20} MiB")
 
     def _event(self, block: str) -> Optional[ServerSentEvent]:
         kind, data = "message", []
@@ -2070,14 +2067,14 @@ _EVENT_RECORDS: Dict[str, Type[_Record]] = {
 _EVENT_TYPES = {kind.value: kind for kind in TaskUpdateEventType}  # calling the enum is far slower
 _ENVELOPE = {"type", "task_id", "organization_id", "time", "data"}
 _REQUIRED = ("id", "agent_id", "organization_id", "input", "created_at")
-_decode_json = json.JSONDecoder().raw_decode  # json.loads takes a third longer
+_decode_json = json.JSONDecoder().raw_decode  # json.loads would take a third longer
 
 
 @dataclass(repr=False, eq=False)
 class TaskUpdateEvent(_Record):
-    """One event. `data` is a `Task`, `ToolCallRequest` or `ToolCallResult`, or the JSON that came.
+    """One event. `data` is a `Task`, `ToolCallRequest` or `ToolCallResult`, else the JSON received.
 
-    `raw` is the envelope as it came, with the same objects as `data` but for tasks; `task_id` may
+    `raw` is the envelope as received; unless `data` is a `Task`, they share objects. `task_id` may
     be that of a sub-agent's task.
     """
 
@@ -2087,7 +2084,7 @@ class TaskUpdateEvent(_Record):
     time: _Time = None
     data: Any = None
     raw: Dict[str, Any] = field(default_factory=dict)
-    extra: Dict[str, Any] = field(default_factory=dict)
+    extra: _Object = field(default_factory=dict)
 
     @classmethod
     def from_dict(
@@ -2096,7 +2093,7 @@ class TaskUpdateEvent(_Record):
         required: Mapping[str, Any] = {},
         configuration: Optional[Configuration] = None,
     ) -> TaskUpdateEvent:
-        """The event of an envelope; `required` completes tasks that leave out required fields."""
+        """The event of an envelope; `required` completes a task that lacks required fields."""
         kind, body = data["type"], data.get("data")
         task_id, record = data.get("task_id") or required.get("id"), _EVENT_RECORDS.get(kind)
         if record and isinstance(body, dict):
@@ -2123,7 +2120,7 @@ class TaskUpdateEvent(_Record):
 
 
 class _Stream:
-    """One reader of a task's events: what it knows over all its connections."""
+    """The reading of a task's events, over all its connections."""
 
     def __init__(self, task: Task) -> None:
         if not task.events_streaming:
@@ -2133,16 +2130,18 @@ class _Stream:
         self.task, self.configuration = task, task.configuration
         self.transport = self.configuration._transport
         self.scope, self.parser = _CancelScope(), _Parser()
-        self.seen: Deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of data
+        items, self.task_id = task._items(), task.id
+        self.required = _to_json({name: items[name] for name in _REQUIRED if name in items})
+        self.seen: Deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of the data of events
+        self.replayed: Set[int] = set()  # those that may come again on this connection
         self.connected_seen = self.finished = False
+        self.silence_limit = float("inf")
 
     def batches(self) -> Generator[List[TaskUpdateEvent], None, None]:
-        """The events, as many at a time as came together, until the task or the scope ends."""
+        """The events, in lists of those that came together, until the task or the scope ends."""
         try:
-            self.task_id, self.url = self.task.id, self.configuration._events_url(self.task)
-            items = self.task._items()
-            self.required = _to_json({name: items[name] for name in _REQUIRED if name in items})
-            self.silence_limit = _FINAL_SILENCE if self.task.is_finished else float("inf")
+            if self.task.is_finished:
+                self.silence_limit = _FINAL_SILENCE
             while not self.finished:
                 yield from self._connection()
         except Exception:
@@ -2158,10 +2157,10 @@ class _Stream:
         if self.finished:
             return
         # The end of a connection proves nothing, however clean it looks: the status does.
-        # A few at a time: 200 streams that end at once would hold up the events of others for 90 ms
+        # Few at a time: 200 streams that end together would hold up other events for 90 ms
         has_turn = self.transport.status_turns.acquire(timeout=1.0)
         try:
-            task = Task._request_task(self.configuration, _STATUS_ROUTE, {"task_id": self.task_id})
+            task = Task.load(self.task_id, self.configuration)
         finally:
             if has_turn:
                 self.transport.status_turns.release()
@@ -2174,17 +2173,18 @@ class _Stream:
             _wait(self._pause())
 
     def _pause(self) -> float:
-        """Seconds from a connection to the next one."""
+        """Seconds between two connections."""
         return min(max(500 if self.parser.retry is None else self.parser.retry, 100), 30_000) / 1000
 
     def _connect(self, failures: int) -> Optional[_Response]:
         """A 2xx response; None where it broke or timed out after the request was sent."""
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
-        last_id = self.parser.last_id.encode()  # UTF-8, as the standard has it
+        last_id = self.parser.last_id.encode()  # in UTF-8, by the standard
         if re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", last_id):
-            headers["Last-Event-ID"] = last_id.decode("latin-1")  # which is what http.client sends
+            headers["Last-Event-ID"] = last_id.decode("latin-1")  # http.client encodes it so again
         timeout = min(self.configuration.idle_timeout, self.silence_limit)
-        request = self.transport.request("GET", self.url, headers, timeout=timeout)
+        url = self.configuration._events_url(self.task)
+        request = self.transport.request("GET", url, headers, timeout=timeout)
         try:
             response = self.transport.open(request)
         except _REQUEST_ERRORS as error:
@@ -2194,16 +2194,16 @@ class _Stream:
         if not 200 <= response.status < 300:
             with response:
                 response.sock.settimeout(_REFUSAL_SECONDS)
-                body = response.read_all(65536, _REFUSAL_SECONDS)
-            self.transport.parse_response(response, body)  # which raises
+                response.text = response.read_all(65536, _REFUSAL_SECONDS)
+            self.transport.parse_response(response)  # which raises
         return response
 
     def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
-        """The events of one connection, until it ends in whatever way."""
+        """The events of one connection, until it ends, in whatever way."""
         headers, status = response.headers, response.status
         kind = headers.get_content_type() if "Content-Type" in headers else "no Content-Type"
         if status != 204 and (status, kind) != (200, "text/event-stream"):
-            cut_off = response.ends_with_connection  # if no body comes
+            cut_off = response.ends_with_connection  # and no body comes
             with contextlib.suppress(*_REQUEST_ERRORS):
                 cut_off = cut_off and not response.read_some()
             if cut_off:
@@ -2211,7 +2211,7 @@ class _Stream:
             text = f"The stream's response is {status} {kind}, not 200 text/event-stream"
             raise response.error(500, text)
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
-        self.replayed = set(self.seen)  # while what comes may be a repetition
+        self.replayed = set(self.seen)
         last_event_at = time.monotonic()
         try:
             for chunk in iter(response.read_some, b""):
@@ -2220,7 +2220,7 @@ class _Stream:
                     for message in self.parser.feed(chunk):
                         event = self._deduplicate(message, response)
                         batch += [event] if event else []
-                        if event and isinstance(event.data, Task):  # maybe with a large input
+                        if event and isinstance(event.data, Task):  # it may have a large input
                             yield batch
                             batch, last_event_at = [], time.monotonic()
                 except (ValueError, ModuleException):
@@ -2229,24 +2229,24 @@ class _Stream:
                     raise
                 if batch:
                     yield batch
-                    last_event_at = time.monotonic()  # the consumer's own time is no silence
+                    last_event_at = time.monotonic()  # after the consumer took it
                 if self.finished or time.monotonic() - last_event_at > self.silence_limit:
-                    return  # comments alone do not count
+                    return  # comments do not count as events
         except (OSError, http.client.HTTPException):
-            pass  # cut off, or silent
+            pass  # cut off, or silent for too long
         except ValueError as error:
             raise response.error(500, f"The stream sent {error}") from error
 
     def _deduplicate(
         self, message: ServerSentEvent, response: _Response
     ) -> Optional[TaskUpdateEvent]:
-        """The event of a message, if it is one and did not come on an earlier connection."""
+        """The event of a message; None if it came before, on an earlier connection, or is none."""
         digest = hash(message.data)
         if digest in self.replayed or self.finished:
             return None
         event = self._parse(message, response)
         if event is None or (event.type == "connected" and self.connected_seen):
-            return None  # each connection starts with a `connected`
+            return None  # every connection starts with one
         if event.type == "connected":
             self.connected_seen = True
         else:
@@ -2265,17 +2265,17 @@ class _Stream:
             value = data
         if isinstance(value, dict) and isinstance(value.get("type"), str):
             return TaskUpdateEvent.from_dict(value, self.required, self.configuration)
-        said = _redact(_describe(value)) if message.event == "error" else ""
+        reason = _redact(_describe(value)) if message.event == "error" else ""
         value = _redact(value)
-        text = said or (value if isinstance(value, str) else _encode(value))
+        text = reason or (value if isinstance(value, str) else _encode(value))
         text = self.transport.redact_key(" ".join(text.split()))[:200]
         if message.event == "error":
             raise response.error(500, f"The stream sent an error: {text}", value)
-        _warn("skipped what is not an event: %a", text)  # %a: it may control a terminal
+        _warn("skipped a message that is not an event: %a", text)  # %a: no control characters
         return None
 
     def _last_event(self, task: Task) -> TaskUpdateEvent:
-        """The last event, made from the task, where the stream did not bring it."""
+        """The last event, made from the task because the stream did not bring it."""
         source = json.loads(task._baseline)
         data = {**self.required, **source}
         now = datetime.now(timezone.utc).isoformat()
@@ -2287,13 +2287,13 @@ class _Stream:
         }
         event = TaskUpdateEvent.from_dict(envelope)
         event.raw["data"] = data
-        # nearly always the task itself: a copy costs 200 streams 6 % more CPU
+        # nearly always the task itself: a copy would cost 200 streams 6 % more CPU
         same = data.keys() == source.keys()
         event.data = task if same else Task.from_dict(data, self.configuration)
         return event
 
     def pump(self, put: Callable[[Any], object], slots: threading.Semaphore) -> None:
-        """Hand the batches to an event loop, from a thread; None or an error is the last item."""
+        """Pass the batches to an event loop, from a thread; the last item is None or an error."""
         last: Optional[BaseException] = None
         _current_scope.set(self.scope)
         try:
@@ -2311,7 +2311,7 @@ class _Stream:
 
 
 class _Events(Iterator[TaskUpdateEvent]):
-    """The events of a task. `close()`, from any thread, ends the iteration and the connection."""
+    """An iterator over a task's events. `close()`, from any thread, ends it and its connection."""
 
     def __init__(self, stream: _Stream) -> None:
         self._scope, self._batches = stream.scope, stream.batches()
@@ -2325,9 +2325,9 @@ class _Events(Iterator[TaskUpdateEvent]):
         return self._context.run(next, self._events)
 
     def close(self) -> None:
-        """Leave the stream; more than once is fine."""
+        """Leave the stream. It may be called again."""
         self._scope.cancel()
-        with contextlib.suppress(ValueError):  # another thread waits in it, and is woken up
+        with contextlib.suppress(ValueError):  # another thread is in it, and was woken up
             self._batches.close()
 
     def __enter__(self) -> _Events:
@@ -2338,13 +2338,13 @@ class _Events(Iterator[TaskUpdateEvent]):
 
 
 class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
-    """The events of a task, async. `aclose()`, from any task, ends iteration and connection."""
+    """The async iterator. `aclose()`, from any task of the loop, ends it and its connection."""
 
     def __init__(self, stream: _Stream) -> None:
         self._stream, self._scope = stream, stream.scope
         self._batch: Iterator[TaskUpdateEvent] = iter(())
         self._slots = threading.Semaphore(_PUMP_SLOTS - 1)
-        self._queue: Any = None  # of the event loop that asks for the first event
+        self._queue: Any = None  # of batches, in the event loop that asks for the first event
         self._put: Callable[[Any], object] = lambda item: None  # into the queue, from any thread
         self._thread: Optional[threading.Thread] = None
 
@@ -2363,7 +2363,7 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
                 return next(self._batch)
             raise batch or StopAsyncIteration
         except BaseException:
-            await self.aclose()  # which also wakes other tasks that wait
+            await self.aclose()  # it also wakes other tasks that wait
             raise
         finally:
             batch = None  # an error, whose traceback refers to this frame: a reference cycle
@@ -2383,11 +2383,11 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
         self._scope.cancel()
         self._batch = iter(())
         self._slots.release()
-        if self._thread and self._thread is not threading.current_thread():  # it may collect this
-            self._thread.join(0.005)  # nearly always enough; not for one that looks up a name
+        if self._thread and self._thread is not threading.current_thread():  # in __del__ it may be
+            self._thread.join(0.005)  # nearly always enough, except during a look-up of a name
 
     async def aclose(self) -> None:
-        """Leave the stream; more than once is fine."""
+        """Leave the stream. It may be called again."""
         self._cancel()
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._put(None)  # for a task that waits
@@ -2402,7 +2402,7 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
         self._cancel()
 
 
-# ---- Files: URLs that come from strangers --------------------------------------------------------
+# ---- Files: their URLs are not trusted -----------------------------------------------------------
 
 _KINDS = {
     "image": ".jpg .jpeg .png .gif .bmp .tiff .webp",
@@ -2419,21 +2419,21 @@ _MIME_KINDS = {
     "application/pdf": "pdf",
     "application/json": "text",
     "application/xml": "text",
-    "image/svg+xml": "text",  # image pipelines refuse it
+    "image/svg+xml": "text",  # models do not accept it as an image
 }
-# not public, although `is_global` says so on some versions of Python
+# not public, although `is_global` is True for them on some versions of Python
 _NOT_PUBLIC = (
     "192.0.0.0/24",  # IETF protocol assignments, RFC 6890, section 2.2.2; metadata of one cloud
     "168.63.129.16/32",  # metadata of another cloud
     "2001::/23",  # IETF protocol assignments, RFC 2928
     "3fff::/20",  # documentation, RFC 9637
 )
-# the text encodings among Python's codecs, which has others: zip, rot13, unicode_escape
+# text encodings; Python has other codecs, too: zip, rot13, unicode_escape
 _CHARSET = re.compile(
     r"(?i)utf.*|u8|(us-)?ascii|(iso[-_]?)?8859.*|iso-ir.*|latin[-_]?\d|windows.*|cp\d+|koi8.*"
     r"|gb.*|hz.*|big5.*|shift.*|s?jis.*|euc.*|iso[-_]?2022.*|ks_c.*|tis.?620"
 )
-_BYTE_ORDER_MARKS = {  # those of 32 bits first: one starts like one of 16
+_BYTE_ORDER_MARKS = {  # UTF-32 first: one of its marks starts with one of UTF-16
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
@@ -2444,7 +2444,7 @@ _Fetched = Union[Tuple[bytes, Optional[str]], Exception]  # a content and its ch
 
 
 def _file_kind(attachment: Mapping[str, Any]) -> str:
-    """image, pdf, text, or something else: by its kind, then its MIME type, then its extension."""
+    """`image`, `pdf`, `text` or another: by the `kind`, else the MIME type, else the extension."""
     kind, mime = attachment.get("kind"), str(attachment.get("mime") or "").lower()
     if isinstance(kind, str) and kind != "unknown":
         return kind
@@ -2456,40 +2456,40 @@ def _file_kind(attachment: Mapping[str, Any]) -> str:
 
 
 def _extension(url: str) -> str:
-    """The extension of the URL's path, lower-cased; "" where there is none."""
+    """The extension of the URL's path, in lower case; "" if it has none."""
     start, scheme, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
     return os.path.splitext(rest.partition("/")[2] if scheme else start)[1].lower()
 
 
 def _require_public(host: str, addresses: Iterable[Tuple[Any, ...]]) -> None:
-    """Refuse a host of which any address, as getaddrinfo gives them, is not public."""
+    """Reject a host if any of its addresses, as getaddrinfo returns them, is not public."""
     import ipaddress
 
     for *_, address in addresses:
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address):
-            # the IPv4 address in it: RFC 4291, 2.5.5.2; RFC 3056, 2; RFC 6052, 2.1
+            # the embedded IPv4 address: RFC 4291, 2.5.5.2; RFC 3056, 2; RFC 6052, 2.1
             nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
             embedded = ipaddress.IPv4Address(ip.packed[12:]) if nat64 else None
             ip = ip.ipv4_mapped or ip.sixtofour or embedded or ip
-        refused = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
+        special = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
         listed = any(ip in ipaddress.ip_network(network) for network in _NOT_PUBLIC)
-        if refused or listed or not ip.is_global:
+        if special or listed or not ip.is_global:
             raise _URLRejected(
                 f"the address of {host} is not public; see Configuration.trusted_file_hosts"
             )
 
 
 def _check_host(url: _URL, flags: int = 0) -> None:
-    """Refuse a URL whose host has an address that is not public."""
+    """Reject a URL whose host has an address that is not public."""
     is_local = f".{url.host}".endswith(".localhost")  # RFC 6761, section 6.3
     name = "127.0.0.1" if is_local else url.host
-    with contextlib.suppress(socket.gaierror):  # no address to refuse
+    with contextlib.suppress(socket.gaierror):  # it has no address here
         _require_public(url.host, socket.getaddrinfo(name, None, flags=flags))
 
 
 def _is_allowed(configuration: Configuration, url: str) -> bool:
-    """Whether somebody else may fetch the URL by our rules; a warning says why not."""
+    """Whether agno may fetch the URL by the rules of this file; a warning says why not."""
     try:
         parsed = _parse_url(url)
         if parsed.host not in configuration.trusted_file_hosts:
@@ -2502,13 +2502,13 @@ def _is_allowed(configuration: Configuration, url: str) -> bool:
 
 
 def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Fetched]:
-    """The content of each URL, or why there is none, in order and in time."""
+    """The content of each URL, or the error of its download, in order."""
     downloads = _Downloads(configuration, urls)
     scopes = [_CancelScope() for _ in urls[:_FILE_THREADS]]
     threads: List[threading.Thread] = []
     deadline = time.monotonic() + configuration.timeout
     try:
-        with contextlib.suppress(RuntimeError):  # no more threads: those that started do the work
+        with contextlib.suppress(RuntimeError):  # no more threads: the started ones do the work
             for scope in scopes:
                 thread = threading.Thread(target=downloads.run, args=(scope, deadline), daemon=True)
                 thread.start()
@@ -2524,12 +2524,12 @@ def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Fetched
         for scope in scopes:
             scope.cancel()
     for thread in threads:
-        thread.join(0.1)  # one that looks up a name ends with it
+        thread.join(0.1)  # one that looks up a name ends after that
     return list(downloads.results)
 
 
 class _Downloads:
-    """The files of one call, as its threads share them."""
+    """The files of one call, shared by its threads."""
 
     def __init__(self, configuration: Configuration, urls: List[str]) -> None:
         self.transport, self.lock = configuration._transport, threading.Lock()
@@ -2543,7 +2543,7 @@ class _Downloads:
                 number, url = self.queue.popleft()
                 try:
                     self.results[number] = self.fetch(number, url)
-                except Exception as error:  # whatever a stranger's file causes concerns it alone
+                except Exception as error:  # whatever a file causes concerns that file alone
                     self.results[number], self.sizes[number] = error, 0
                     if isinstance(error, _URLRejected):
                         _warn("a file was left out: %s", error)
@@ -2552,22 +2552,22 @@ class _Downloads:
         """The content and its charset."""
         content, timeout = bytearray(), self.transport.timeout
         headers = {"Accept": "*/*", "User-Agent": _USER_AGENT}
-        request = _Request("GET", _parse_url(url), headers, timeout, public_only=True)
+        request = _Request("GET", _parse_url(url), headers, timeout, untrusted=True)
         with self.transport.open(request) as response:
             if response.status != 200:
-                raise response.error(response.status, "the server has no such file")
+                raise response.error(response.status, f"the server responded {response.status}")
             for part in iter(response.read_some, b""):
                 content += part
                 self.count(number, len(content))
-            if _is_cancelled():  # which looks like the end of a file without a length
+            if _is_cancelled():  # that looks like the end of a file without a length
                 raise http.client.IncompleteRead(b"")
             kind = response.headers.get("Content-Type", "")
             charset = re.search(r'(?i);\s*charset\s*=[\s"]*([^\s;"]{1,40})', kind)
             return bytes(content), charset and charset[1]
 
     def count(self, number: int, size: int) -> None:
-        """Note the size of a file; an error if it, or all together, are too large."""
-        with self.lock:  # so that of several files the one that is too much fails alone
+        """Note the size of a file so far; an error if it, or the sum of all, is too large."""
+        with self.lock:  # so that only the file that exceeds the sum fails
             self.sizes[number] = size
             if size > _MAX_FILE or sum(self.sizes) > _MAX_FILES:
                 self.sizes[number] = 0
@@ -2575,7 +2575,7 @@ class _Downloads:
 
 
 def _decode_file(fetched: _Fetched) -> str:
-    """A file's text, or an error text that reveals nothing about this network."""
+    """The text of a file, or an error text that reveals nothing about this network."""
     if isinstance(fetched, ModuleException) and fetched.answered:
         return f"Error: {fetched.description}"
     if isinstance(fetched, Exception):
@@ -2584,17 +2584,17 @@ def _decode_file(fetched: _Fetched) -> str:
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if content.startswith(mark):
             return content.decode(encoding, "replace")
-    with contextlib.suppress(LookupError, ValueError):  # ValueError: a NUL in the name
+    with contextlib.suppress(LookupError, ValueError):  # unknown, or with a NUL in its name
         if charset and _CHARSET.fullmatch(charset):
             return content.decode(charset, "replace")
     return content.decode("utf-8", "replace")
 
 
 def _agno_pdf(configuration: Configuration, file_class: Any, url: str, fetched: _Fetched) -> Any:
-    """agno's File: with the bytes, or with the URL where there are none and agno may fetch it."""
+    """agno's File with the bytes; without bytes, one with the URL, if agno may fetch that."""
     if isinstance(fetched, Exception) or not fetched[0]:
-        refused = isinstance(fetched, _URLRejected)  # with a warning, in `run`
-        return file_class(url=url) if not refused and _is_allowed(configuration, url) else None
+        rejected = isinstance(fetched, _URLRejected)  # `run` has warned already
+        return file_class(url=url) if not rejected and _is_allowed(configuration, url) else None
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
     name = re.sub(r"[^\w. ()+,-]", "_", name)[-255:]
     return file_class(content=fetched[0], filename=name, mime_type="application/pdf")
@@ -2606,7 +2606,6 @@ __all__ += ["LocalPlatform", "main"]
 
 # ---- Local platform ------------------------------------------------------------------------------
 
-_Object = Dict[str, Any]  # a JSON object
 _AgentRun = Generator[Tuple[str, Any], None, Any]  # yields (event type, data), returns the result
 
 
