@@ -628,7 +628,7 @@ def test_type_hints_resolve_everywhere_although_a_method_is_called_list():
             if getattr(member, "__module__", None) == xtask.__name__ and callable(member):
                 typing.get_type_hints(member)
     hints = typing.get_type_hints(xtask.Task)
-    assert hints["sub_executions"] == typing.Optional[typing.List[str]]
+    assert hints["sub_executions"] == typing.Optional[list[str]]
 
 
 # ---- Records -------------------------------------------------------------------------------------

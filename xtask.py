@@ -48,18 +48,13 @@ from typing import (
     AsyncIterator,
     Callable,
     Coroutine,
-    Deque,
-    Dict,
     Generator,
     Iterable,
     Iterator,
-    List,
+    List,  # where Task.list hides the built-in
     Mapping,
     NamedTuple,
     Optional,
-    Set,
-    Tuple,
-    Type,
     TypeVar,
     Union,
     cast,
@@ -137,7 +132,7 @@ class ModuleException(Exception):
         description: str,
         details: Any = None,
         answered: bool = True,
-        headers: Optional[Dict[str, str]] = None,
+        headers: Optional[dict[str, str]] = None,
     ) -> None:
         super().__init__(status_code, description, details, answered, headers)
         self.status_code, self.description, self.details = status_code, description, details
@@ -284,9 +279,9 @@ class TaskUpdateEventType(_OpenEnum):
 _R = TypeVar("_R", bound="_Record")
 _T = TypeVar("_T")
 _Str = Optional[str]
-_StrList = Optional[List[str]]
+_StrList = Optional[list[str]]
 _Bool = Optional[bool]
-_Object = Dict[str, Any]  # a JSON object
+_Object = dict[str, Any]  # a JSON object
 _Time = Union[datetime, str, None]
 _OLD_DATETIME = sys.version_info < (3, 11)
 
@@ -337,8 +332,8 @@ class _Schema(NamedTuple):
     """The fields of a record, except `extra` and `raw`."""
 
     defaults: _Object
-    factories: List[Tuple[str, Callable[[], Any]]]
-    converters: List[Tuple[str, type, Callable[[Any], Any]]]
+    factories: list[tuple[str, Callable[[], Any]]]
+    converters: list[tuple[str, type, Callable[[Any], Any]]]
 
 
 class _Record:
@@ -352,7 +347,7 @@ class _Record:
     @functools.cache
     def _schema(cls: type) -> _Schema:
         own = [f for f in fields(cls) if f.name not in ("extra", "raw")]
-        pairs: List[Any] = [(f.name, f.default_factory) for f in own]
+        pairs: list[Any] = [(f.name, f.default_factory) for f in own]
         factories = [(name, factory) for name, factory in pairs if callable(factory)]
         return _Schema(
             {
@@ -364,7 +359,7 @@ class _Record:
         )
 
     @classmethod
-    def from_dict(cls: Type[_R], data: Mapping[str, Any]) -> _R:
+    def from_dict(cls: type[_R], data: Mapping[str, Any]) -> _R:
         """The record of a JSON object. No object is refused, and nothing of it is lost."""
         defaults, factories, converters = cls._schema()
         self = cls.__new__(cls)
@@ -453,7 +448,7 @@ class AgentExecutionInput(_SentRecord):
     text: _Str = None
     files: _StrList = None
     user: Optional[User] = _converted(User.from_dict, dict)
-    attachments: Optional[List[Dict[str, Any]]] = None
+    attachments: Optional[list[dict[str, Any]]] = None
     principal: Optional[_Object] = None
     extra: _Object = field(default_factory=dict)
 
@@ -586,7 +581,7 @@ def _parse_entry(entry: Any) -> Any:
     if not isinstance(entry, dict):
         return entry
     kind = entry.get("type")
-    cls: Type[_Entry] = AgentActivityThreadAuth
+    cls: type[_Entry] = AgentActivityThreadAuth
     if entry.get("action") in _GATEWAY_ACTIONS:
         fits = False
     elif "role" in entry and "content" in entry:
@@ -605,7 +600,7 @@ def _parse_entry(entry: Any) -> Any:
     return (cls if fits else AgentActivityThreadOtherEntry).from_dict(entry)
 
 
-def _parse_entries(entries: List[Any]) -> List[Any]:
+def _parse_entries(entries: list[Any]) -> list[Any]:
     return [_parse_entry(entry) for entry in entries]
 
 
@@ -613,7 +608,7 @@ def _parse_entries(entries: List[Any]) -> List[Any]:
 class AgentActivityThread(_Entry):
     """The activity log of a task: its `messages`, oldest first."""
 
-    messages: List[_Entry] = field(
+    messages: list[_Entry] = field(
         default_factory=list, metadata={"convert": (list, _parse_entries)}
     )
     user: Optional[User] = _converted(User.from_dict, dict)
@@ -655,7 +650,7 @@ class Configuration:
     idle_timeout: float
     ssl_context: Optional[ssl.SSLContext]
     headers: Mapping[str, str] = field(repr=False, hash=False)
-    trusted_file_hosts: Tuple[str, ...]
+    trusted_file_hosts: tuple[str, ...]
 
     def __init__(
         self,
@@ -716,7 +711,7 @@ class Configuration:
     def __deepcopy__(self, memo: Any) -> Configuration:
         return self  # immutable, and its connections are there to be shared
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
@@ -867,7 +862,7 @@ class Task(_SentRecord):
     output_schema: Optional[_Object] = None
     output_format: Optional[OutputFormat] = _converted(OutputFormat)
     think_mode: _Str = None
-    mcp_servers: Optional[List[Dict[str, Any]]] = field(default_factory=list)
+    mcp_servers: Optional[List[dict[str, Any]]] = field(default_factory=list)
     hitl_request: Optional[_Object] = None
     pending_eca_request: Optional[_Object] = None
     llm_model_provider: _Str = None
@@ -1101,7 +1096,7 @@ class Task(_SentRecord):
         # agno fetches what it is given, so the same rules hold
         return [Image(url=url) for url in urls if _is_allowed(self.configuration, url)]
 
-    def get_human_readable_files(self) -> List[Dict[str, str]]:
+    def get_human_readable_files(self) -> List[dict[str, str]]:
         """`{"url": ..., "content": ...}` of each readable file, in order; 8 are fetched at a time.
 
         Limits: 10 MiB a file; 32 MiB and the configuration's `timeout` seconds for the whole call.
@@ -1183,7 +1178,7 @@ class Task(_SentRecord):
         attachments, files = (value if isinstance(value, list) else [] for value in values)
         items = [item for item in attachments if isinstance(item, dict)]
         items += [{"url": url} for url in files]
-        kinds: Dict[str, str] = {}
+        kinds: dict[str, str] = {}
         for item in items:
             if isinstance(item.get("url"), str):
                 kinds.setdefault(item["url"], _file_kind(item))
@@ -1199,7 +1194,7 @@ def _encode_query(values: Mapping[str, Any]) -> str:
     return urllib.parse.urlencode(pairs)
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Set[str]:
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
     """The names whose values differ as JSON: True is not 1, and the order of keys is irrelevant."""
     both = [name for name in old.keys() & new.keys() if old[name] is not new[name]]
     differing = {name for name in both if not _equal_json(old[name], new[name])}
@@ -1207,8 +1202,10 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Set[str]:
 
 
 def _equal_json(one: Any, other: Any) -> bool:
-    # Python's equality first: writing both as JSON costs a save a third of its time
-    return bool(one == other) and (isinstance(one, str) or _canonical(one) == _canonical(other))
+    if type(one) is not type(other) or one != other:
+        return False
+    # within containers, True equals 1 for Python
+    return not (one and isinstance(one, (dict, list))) or _canonical(one) == _canonical(other)
 
 
 # ---- URLs ----------------------------------------------------------------------------------------
@@ -1276,7 +1273,7 @@ class _Proxy(NamedTuple):
     authorization: str  # "" without a user name
 
 
-def _find_proxies() -> Dict[str, str]:
+def _find_proxies() -> dict[str, str]:
     """The proxies by urllib's rules; it is imported (7 ms) only where a proxy may be set."""
     names = {name.lower() for name in os.environ}
     if sys.platform not in ("win32", "darwin") and not names & {"http_proxy", "https_proxy"}:
@@ -1381,8 +1378,8 @@ def _wait(seconds: float) -> None:
 class _RetryPolicy(NamedTuple):
     """Which failures are retried; a request that was not sent always is."""
 
-    statuses: Tuple[int, ...]
-    errors: Tuple[Type[Exception], ...]
+    statuses: tuple[int, ...]
+    errors: tuple[type[Exception], ...]
 
     def allows(self, error: ModuleException) -> bool:
         if error.answered:
@@ -1411,7 +1408,7 @@ class _Request:
     response: Optional[_Response] = None
 
 
-def _decode_chunks(data: bytes, remaining: int) -> Tuple[bytes, bytes, int, bool]:
+def _decode_chunks(data: bytes, remaining: int) -> tuple[bytes, bytes, int, bool]:
     """The content of the chunks in `data` (RFC 9112, section 7.1).
 
     `remaining`: how many bytes at the start still belong to the previous chunk. Returns the
@@ -1672,7 +1669,7 @@ class _Connection(http.client.HTTPConnection):
         return False
 
 
-def _close_all(connections: List[_Connection]) -> None:
+def _close_all(connections: list[_Connection]) -> None:
     with contextlib.suppress(IndexError):  # another thread may take the last one
         while True:
             connections.pop().close()
@@ -1692,11 +1689,10 @@ class _Transport:
         self.redact_key = functools.partial(_redact_key, self.api_key)
         self.trusted_hosts = configuration.trusted_file_hosts
         self.default_context: Optional[ssl.SSLContext] = None
-        proxies = configuration.__dict__.get("_proxies")
-        self.proxies: Dict[str, str] = _find_proxies() if proxies is None else proxies
+        self.proxies = _find_proxies()
         # No lock: a list's append and remove are atomic, and a lock that another thread holds at
         # a fork stays locked in the child forever.
-        self.idle: List[_Connection] = []
+        self.idle: list[_Connection] = []
         self.status_turns = threading.Semaphore(_STATUS_LOADS)
         weakref.finalize(self, _close_all, self.idle)
 
@@ -2055,7 +2051,7 @@ class _Parser:
 
 # ---- Events --------------------------------------------------------------------------------------
 
-_EVENT_RECORDS: Dict[str, Type[_Record]] = {
+_EVENT_RECORDS: dict[str, type[_Record]] = {
     "task_created": Task,
     "task_updated": Task,
     "task_finished": Task,
@@ -2083,7 +2079,7 @@ class TaskUpdateEvent(_Record):
     organization_id: Optional[str] = None
     time: _Time = None
     data: Any = None
-    raw: Dict[str, Any] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
     extra: _Object = field(default_factory=dict)
 
     @classmethod
@@ -2132,12 +2128,12 @@ class _Stream:
         self.scope, self.parser = _CancelScope(), _Parser()
         items, self.task_id = task._items(), task.id
         self.required = _to_json({name: items[name] for name in _REQUIRED if name in items})
-        self.seen: Deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of the data of events
-        self.replayed: Set[int] = set()  # those that may come again on this connection
+        self.seen: deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of the data of events
+        self.replayed: set[int] = set()  # those that may come again on this connection
         self.connected_seen = self.finished = False
         self.silence_limit = float("inf")
 
-    def batches(self) -> Generator[List[TaskUpdateEvent], None, None]:
+    def batches(self) -> Generator[list[TaskUpdateEvent], None, None]:
         """The events, in lists of those that came together, until the task or the scope ends."""
         try:
             if self.task.is_finished:
@@ -2148,7 +2144,7 @@ class _Stream:
             if not self.scope.cancelled.is_set():
                 raise
 
-    def _connection(self) -> Iterator[List[TaskUpdateEvent]]:
+    def _connection(self) -> Iterator[list[TaskUpdateEvent]]:
         """The events of one connection; then the last event, if the task's status is final."""
         response = self.transport.retry(self._connect, _RETRY_STREAM, self._pause())
         if response:
@@ -2198,7 +2194,7 @@ class _Stream:
             self.transport.parse_response(response)  # which raises
         return response
 
-    def _read(self, response: _Response) -> Iterator[List[TaskUpdateEvent]]:
+    def _read(self, response: _Response) -> Iterator[list[TaskUpdateEvent]]:
         """The events of one connection, until it ends, in whatever way."""
         headers, status = response.headers, response.status
         kind = headers.get_content_type() if "Content-Type" in headers else "no Content-Type"
@@ -2215,7 +2211,7 @@ class _Stream:
         last_event_at = time.monotonic()
         try:
             for chunk in iter(response.read_some, b""):
-                batch: List[TaskUpdateEvent] = []
+                batch: list[TaskUpdateEvent] = []
                 try:
                     for message in self.parser.feed(chunk):
                         event = self._deduplicate(message, response)
@@ -2440,7 +2436,7 @@ _BYTE_ORDER_MARKS = {  # UTF-32 first: one of its marks starts with one of UTF-1
     b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }
-_Fetched = Union[Tuple[bytes, Optional[str]], Exception]  # a content and its charset, or an error
+_Fetched = Union[tuple[bytes, Optional[str]], Exception]  # a content and its charset, or an error
 
 
 def _file_kind(attachment: Mapping[str, Any]) -> str:
@@ -2461,7 +2457,7 @@ def _extension(url: str) -> str:
     return os.path.splitext(rest.partition("/")[2] if scheme else start)[1].lower()
 
 
-def _require_public(host: str, addresses: Iterable[Tuple[Any, ...]]) -> None:
+def _require_public(host: str, addresses: Iterable[tuple[Any, ...]]) -> None:
     """Reject a host if any of its addresses, as getaddrinfo returns them, is not public."""
     import ipaddress
 
@@ -2501,11 +2497,11 @@ def _is_allowed(configuration: Configuration, url: str) -> bool:
         return False
 
 
-def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Fetched]:
+def _fetch_files(configuration: Configuration, urls: list[str]) -> list[_Fetched]:
     """The content of each URL, or the error of its download, in order."""
     downloads = _Downloads(configuration, urls)
     scopes = [_CancelScope() for _ in urls[:_FILE_THREADS]]
-    threads: List[threading.Thread] = []
+    threads: list[threading.Thread] = []
     deadline = time.monotonic() + configuration.timeout
     try:
         with contextlib.suppress(RuntimeError):  # no more threads: the started ones do the work
@@ -2531,10 +2527,10 @@ def _fetch_files(configuration: Configuration, urls: List[str]) -> List[_Fetched
 class _Downloads:
     """The files of one call, shared by its threads."""
 
-    def __init__(self, configuration: Configuration, urls: List[str]) -> None:
+    def __init__(self, configuration: Configuration, urls: list[str]) -> None:
         self.transport, self.lock = configuration._transport, threading.Lock()
         self.queue, self.sizes = deque(enumerate(urls)), [0] * len(urls)  # bytes of each file
-        self.results: List[_Fetched] = [TimeoutError("not fetched in time") for _ in urls]
+        self.results: list[_Fetched] = [TimeoutError("not fetched in time") for _ in urls]
 
     def run(self, scope: _CancelScope, deadline: float) -> None:
         _current_scope.set(scope)
@@ -2548,7 +2544,7 @@ class _Downloads:
                     if isinstance(error, _URLRejected):
                         _warn("a file was left out: %s", error)
 
-    def fetch(self, number: int, url: str) -> Tuple[bytes, Optional[str]]:
+    def fetch(self, number: int, url: str) -> tuple[bytes, Optional[str]]:
         """The content and its charset."""
         content, timeout = bytearray(), self.transport.timeout
         headers = {"Accept": "*/*", "User-Agent": _USER_AGENT}
@@ -2606,7 +2602,7 @@ __all__ += ["LocalPlatform", "main"]
 
 # ---- Local platform ------------------------------------------------------------------------------
 
-_AgentRun = Generator[Tuple[str, Any], None, Any]  # yields (event type, data), returns the result
+_AgentRun = Generator[tuple[str, Any], None, Any]  # yields (event type, data), returns the result
 
 
 def _object_at(value: Any, *path: str) -> _Object:
@@ -2660,7 +2656,7 @@ class _LocalRun:
             "user_id": _object_at(user).get("id"),
         }
         self.log = {"id": self.task["id"], "created_at": now, "messages": [], "user": user}
-        self.events: List[bytes] = []  # as they are sent
+        self.events: list[bytes] = []  # as they are sent
         self.over, self.changed = False, threading.Condition(lock)
 
     def emit(self, kind: str, data: Any, entry: Optional[_Object] = None) -> bool:
@@ -2741,9 +2737,9 @@ class LocalPlatform:
     """
 
     def __init__(self, agent: Optional[Callable[[_Object], _AgentRun]] = None) -> None:
-        self.tasks: Dict[str, _Object] = {}
-        self.requests: List[Tuple[str, str, Dict[str, str], Any]] = []
-        self._runs: Dict[str, _LocalRun] = {}
+        self.tasks: dict[str, _Object] = {}
+        self.requests: list[tuple[str, str, dict[str, str], Any]] = []
+        self._runs: dict[str, _LocalRun] = {}
         self._agent, self._lock = agent or _local_agent, threading.RLock()
 
     def __enter__(self) -> LocalPlatform:
@@ -2762,7 +2758,7 @@ class LocalPlatform:
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self.configuration = Configuration("local-key", "local-org", self.url)
-        self.configuration.__dict__["_proxies"] = {}  # none, whatever the environment says
+        self.configuration._transport.proxies = {}  # none, whatever the environment says
         self.environ = {
             "XPANDER_API_KEY": "local-key",
             "XPANDER_ORGANIZATION_ID": "local-org",
@@ -2800,7 +2796,7 @@ class LocalPlatform:
         handler.end_headers()
         handler.wfile.writelines(chunks)  # each as it comes
 
-    def _answer(self, request: str, headers: Dict[str, str], body: Any) -> Tuple[int, Any]:
+    def _answer(self, request: str, headers: dict[str, str], body: Any) -> tuple[int, Any]:
         if headers.get("x-api-key") != "local-key":
             return 401, {"detail": "Invalid API key"}
         route, _, query = request.partition("?")
@@ -2833,7 +2829,7 @@ class LocalPlatform:
         threading.Thread(target=run.play, args=(self._agent,), daemon=True).start()
         return task
 
-    def _list(self, agent_id: str, query: str) -> List[_Object]:
+    def _list(self, agent_id: str, query: str) -> list[_Object]:
         filters = {**urllib.parse.parse_qs(query), "agent_id": [agent_id]}
         return [
             {name: task.get(name) for name in TasksListItem.__annotations__ if name != "extra"}
@@ -2974,7 +2970,7 @@ class _Screen:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json, self.lock, self.stopped = as_json, threading.Lock(), threading.Event()
-        self.answer: List[str] = []  # its chunks
+        self.answer: list[str] = []  # its chunks
 
     def write(self, text: str) -> None:
         """Text for people; the status row moves below it, unless the text ends within a line."""
@@ -3048,7 +3044,7 @@ class _Screen:
         return task.wait_finished(10)
 
 
-def _run_command(words: List[str], files: List[str], as_json: bool) -> None:
+def _run_command(words: list[str], files: list[str], as_json: bool) -> None:
     command, screen = words[0], _Screen(as_json)
     if command == "demo":
         with LocalPlatform() as platform:
@@ -3089,7 +3085,7 @@ def _show_version() -> None:
     print(f"xtask {__version__}\nsha256 {hashlib.sha256(loader.get_data(__file__)).hexdigest()}")
 
 
-def _run_program(argv: List[str]) -> None:
+def _run_program(argv: list[str]) -> None:
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -3112,7 +3108,7 @@ def _run_program(argv: List[str]) -> None:
         _run_command(words, files, options.json)
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: Optional[list[str]] = None) -> int:
     """The terminal program: returns the exit code. `argv`: instead of the process's arguments."""
     code = 0
     try:
