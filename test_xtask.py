@@ -1141,8 +1141,9 @@ ENVIRONMENTS = [  # variables, arguments, and (key, organization, URL) of the co
 UNUSABLE = [  # of a configuration: the setting, and values for it
     ("timeout", [0, -1, None, "5", float("nan"), float("inf")]),
     ("idle_timeout", [0, -0.5, None, "5", float("nan"), float("inf")]),
-    ("max_retries", [None, "2", 1.5]),
-    ("base_url", ["ftp://h", "http://", "http://h:99999", "http://a b"]),
+    ("max_retries", [None, "2", 1.5, -1]),
+    ("base_url", ["ftp://h", "http://", "http://h:99999", "http://a b", "my.com/a?b=http://c"]),
+    ("trusted_file_hosts", [["h:80"], "http://h/", [""], ["a b"]]),
     ("api_key", ["k\u00e9y", "a\nb", "key\x7f"]),
 ]
 # fmt: on
@@ -1560,7 +1561,7 @@ http://[::1]:8085                 BASE          http://localhost:9016/org-1
 http://my.com:8085                BASE          BASE/org-1
 http://localhost:8086             BASE          BASE/org-1
 my.com:8000/base//                https://BASE  https://BASE/org-1
-my.com/base?x=http://y#z          https://my.com/base   https://my.com/base/org-1
+my.com/base#z                     https://my.com/base   https://my.com/base/org-1
 https://MY.com/Base               https://my.com/Base   https://my.com/Base/org-1
 https://e.com/inbound.xpander.ai  BASE          BASE/org-1
 https://inbound.xpander.ai.e.com  BASE          BASE/org-1
@@ -1665,6 +1666,7 @@ REFUSED = [  # a call, its arguments and options, and what the ValueError says
     ("create", ["a-1", "Hi"], {"user_details": {}}, r"\buser\b"),
     ("create", ["a-1", "Hi"], {"existing_task_id": "t-1"}, r"\bid\b"),
     ("create", ["a-1", "Hi"], {"tool_call_payload_extension": {}}, r"\bpayload_extension\b"),
+    ("create", ["a-1", "Hi"], {"input": {"text": "Ho"}}, "prompt"),
     ("create", ["a-1", "Hi"], {"agent_version": "1\n2"}, "agent_version"),
     ("create", ["", "Hi"], {}, "agent_id"),
     ("list", ["a-1"], {"filters": {"status": "error"}}, "status"),
@@ -2264,6 +2266,14 @@ def test_what_has_no_form_in_json_is_refused_before_any_request(value, error):
         with pytest.raises(error, match="JSON|set"):
             task.save()
         assert server.connections == 0
+
+
+def test_a_nan_that_the_server_sent_does_not_keep_a_task_from_being_saved():
+    with updating({**task_dict(), "duration": float("nan")}) as server:
+        task = xtask.Task.load("t-1", server.config)
+        task.title = "New"
+        assert task.save().title == "New"
+    assert sent_bodies(server) == [None, {"title": "New"}]
 
 
 @pytest.mark.parametrize("first", [RawConnection.reset, (503,)], ids=["broken", "503"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT-0
-"""xtask: the Task of the xpander.ai agent platform, in one file of the standard library.
+"""xtask: a client for the tasks of the xpander.ai agent platform, in one file without dependencies.
 
-Load a task, watch it live, change it, stop it, read what it did:
+Load a task, stream its events, change it, stop it, read its activity log:
 
     from xtask import Task                    # XPANDER_API_KEY, XPANDER_ORGANIZATION_ID
 
@@ -11,11 +11,11 @@ Load a task, watch it live, change it, stop it, read what it did:
     print(task.reload().result)
 
 Each method has an async twin with the prefix `a`: `await Task.aload(...)`, `async for event in
-task.aevents()`. Failures are `ModuleException`; wrong arguments are `ValueError`.
+task.aevents()`. A failed request raises `ModuleException`, a wrong argument `ValueError`.
 
-Copy this file into your project; MIT-0 asks for no notice. `__version__` says which version it is;
-to update, replace the file. Everything below the line "cut here" (a local platform for tests, and
-the terminal program) may be deleted. Python 3.9 or newer, no other package.
+Copy this file into your project; its licence (MIT-0) does not ask for attribution. `__version__`
+says which version it is; to update, replace the file. Everything below the line "cut here" (a
+local platform for tests, and the terminal program) may be deleted. It needs Python 3.9 or newer.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from typing import (
     Generator,
     Iterable,
     Iterator,
-    List,  # where Task.list hides the built-in
+    List,  # in the class Task, whose method `list` hides the built-in
     Mapping,
     NamedTuple,
     Optional,
@@ -96,21 +96,21 @@ __all__ = [
 
 # ---- Limits --------------------------------------------------------------------------------------
 
-_MAX_EVENT = 16 * 2**20  # bytes between two blank lines of a stream
+_MAX_EVENT = 16 * 2**20  # bytes of one event
 _MAX_RESPONSE = 64 * 2**20  # bytes of a JSON response
 _MAX_FILE = 10 * 2**20  # bytes of one input file
 _MAX_FILES = 32 * 2**20  # bytes of all input files of one call
-_FILE_THREADS = 8
+_FILE_THREADS = 8  # concurrent downloads of one call
 _MAX_REDIRECTS = 5
-_CONNECT_TIMEOUT = 10.0  # seconds
+_CONNECT_TIMEOUT = 10.0  # seconds, over all addresses of a host
 _MAX_RETRY_AFTER = 60.0  # seconds; where a server asks for more, the error is raised at once
-_MAX_IDLE_SECONDS = 20.0  # an older idle connection is not reused: load balancers close them
+_MAX_IDLE_SECONDS = 20.0  # a connection that is idle for longer is not reused
 _MAX_IDLE_CONNECTIONS = 32
 _REPLAY_WINDOW = 10_000  # events remembered, to skip those that are sent again after a reconnect
-_PUMP_SLOTS = 4  # batches (64 KiB of a stream, or one event) that may wait for an async consumer
-_STATUS_LOADS = 4  # concurrent status loads of streams; each waits a second at most for its turn
-_FINAL_SILENCE = 5.0  # seconds of silence after which the stream of a finished task is over
-_REFUSAL_SECONDS = 2.0  # to read the body of an error response to a stream
+_PUMP_SLOTS = 4  # lists of events that may be queued for an async consumer
+_STATUS_LOADS = 4  # streams that load their task at the same time; others wait a second at most
+_FINAL_SILENCE = 5.0  # seconds without an event after which a finished task's stream is over
+_ERROR_BODY_SECONDS = 2.0  # to read the body of a stream's error response
 
 # ---- Errors and warnings -------------------------------------------------------------------------
 
@@ -118,13 +118,13 @@ _REFUSAL_SECONDS = 2.0  # to read the body of an error response to a stream
 class ModuleException(Exception):
     """The platform did not respond, or its response reports an error or cannot be used.
 
-    `status_code` is the HTTP status, 500 where there is none; `description` says what happened;
-    `details` is the parsed body of the response or None; `answered` is False where it does not
-    come from a server (no connection, a timeout, a missing setting); `headers` are those of the
-    response, with names in lower case, or None. The cause is chained.
+    `status_code` is the HTTP status, 500 if there is none; `description` says what happened;
+    `details` is the parsed body of the response or None; `answered` is False if no server
+    responded (no connection, a timeout, a missing setting); `headers` are those of the response,
+    with names in lower case, or None. The cause is chained.
     """
 
-    _sent = True  # False where connecting failed, so that the server received no request
+    _sent = True  # False if it failed before anything was sent: even a POST may be sent again
 
     def __init__(
         self,
@@ -163,24 +163,28 @@ _SECRETS = [
     "user_tokens",
     "x-api-key",
 ]
-_URL_PARTS = re.compile(r"(?is)(\s*[a-z][a-z\d+.-]*://)([^/?#]*@)?([^?#]*)([?#].*)?")
+_URL_PARTS = re.compile(
+    r"(?is)(?P<scheme>\s*[a-z][a-z\d+.-]*://)(?P<user>[^/?#]*@)?(?P<rest>[^?#]*)(?P<query>[?#].*)?"
+)
 
 
 def _redact(value: Any, depth: int = 100) -> Any:
-    """The value for people to see: without secrets, and without the password and query of a URL."""
+    """A copy for display: without secrets, and without the passwords and queries of URLs."""
     if isinstance(value, (dict, list, tuple)) and not depth:
         return "..."
     if isinstance(value, dict):
         shown = {}
         for key, item in value.items():
             is_secret = item and str(key).lower() in _SECRETS
-            shown[_redact(key)] = "***" if is_secret else _redact(item, depth - 1)
+            key = _redact(key) if isinstance(key, str) else key
+            shown[key] = "***" if is_secret else _redact(item, depth - 1)
         return shown
     if isinstance(value, (list, tuple)):
         return [_redact(item, depth - 1) for item in value]
     url = _URL_PARTS.fullmatch(value) if isinstance(value, str) else None
-    if url and (url[2] or url[4]):
-        return url[1] + ("***@" if url[2] else "") + url[3] + (f"{url[4][0]}***" if url[4] else "")
+    if url and (url["user"] or url["query"]):
+        user, query = url["user"] and "***@", url["query"] and url["query"][0] + "***"
+        return url["scheme"] + (user or "") + url["rest"] + (query or "")
     return value
 
 
@@ -193,9 +197,9 @@ def _repr(owner: Any, values: Mapping[str, Any]) -> str:
 
 
 class _OpenEnum(str, Enum):
-    """A `str` enum that accepts unknown values: they become members that are not registered."""
+    """A `str` enum in which an unknown value becomes a member that is not listed."""
 
-    __str__ = str.__str__  # an f-string prints the value on every Python, not `Name.member`
+    __str__ = str.__str__  # str() and f-strings give the value on every Python, not `Class.member`
 
     @classmethod
     def _missing_(cls, value: object) -> Any:
@@ -291,12 +295,12 @@ def _parse_time(value: Any) -> Any:
     if not isinstance(value, str) or not value.isascii():
         return value
     text = value.upper()  # fromisoformat() rejects a lower-case "z"
-    if _OLD_DATETIME:  # it accepts only fractions of 3 or 6 digits, and no "Z"
+    if _OLD_DATETIME:  # it accepts no "Z", and only fractions of 3 or 6 digits
         text = text.replace("Z", "+00:00")
         text = re.sub(r"\.\d+", lambda fraction: f"{fraction[0]:0<7}"[:7], text)
     try:
         moment = datetime.fromisoformat(text)
-    except (ValueError, IndexError):  # IndexError: PyPy, where the date is cut off
+    except (ValueError, IndexError):  # PyPy raises IndexError for a truncated date
         return value
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
@@ -314,7 +318,7 @@ _canonical = json.JSONEncoder(sort_keys=True).encode
 
 
 def _to_json(value: Any) -> Any:
-    """The value as JSON has it: new containers, records as objects, enums and times as strings."""
+    """The value as plain JSON types in new containers; records become objects, times strings."""
     return json.loads(_encode(value))
 
 
@@ -323,17 +327,17 @@ def _drop_none(values: Mapping[str, Any]) -> _Object:
     return {name: value for name, value in _to_json(values).items() if value is not None}
 
 
-def _converted(convert: Callable[[Any], Any], source: type = str) -> Any:
-    """A field whose JSON value is converted, if it has the type `source`."""
-    return field(default=None, metadata={"convert": (source, convert)})
+def _converted(convert: Callable[[Any], Any], json_type: type = str) -> Any:
+    """A field of which values of the JSON type are converted; any other value is kept."""
+    return field(default=None, metadata={"convert": (json_type, convert)})
 
 
 class _Schema(NamedTuple):
     """The fields of a record, except `extra` and `raw`."""
 
-    defaults: _Object
-    factories: list[tuple[str, Callable[[], Any]]]
-    converters: list[tuple[str, type, Callable[[Any], Any]]]
+    defaults: _Object  # None for a required field
+    factories: dict[str, Callable[[], Any]]
+    converters: list[tuple[str, type, Callable[[Any], Any]]]  # name, JSON type, function
 
 
 class _Record:
@@ -347,32 +351,27 @@ class _Record:
     @functools.cache
     def _schema(cls: type) -> _Schema:
         own = [f for f in fields(cls) if f.name not in ("extra", "raw")]
-        pairs: list[Any] = [(f.name, f.default_factory) for f in own]
-        factories = [(name, factory) for name, factory in pairs if callable(factory)]
-        return _Schema(
-            {
-                **{f.name: getattr(cls, f.name, None) for f in own},
-                **{name: factory() for name, factory in factories},
-            },
-            factories,
-            [(f.name, *f.metadata["convert"]) for f in own if "convert" in f.metadata],
-        )
+        factories = {f.name: f.default_factory for f in own if callable(f.default_factory)}
+        defaults = {f.name: getattr(cls, f.name, None) for f in own}
+        defaults.update({name: factory() for name, factory in factories.items()})
+        converters = [(f.name, *f.metadata["convert"]) for f in own if "convert" in f.metadata]
+        return _Schema(defaults, factories, converters)
 
     @classmethod
     def from_dict(cls: type[_R], data: Mapping[str, Any]) -> _R:
-        """The record of a JSON object. No object is refused, and nothing of it is lost."""
+        """The record of any JSON object, which it keeps; keys without a field are in `extra`."""
         defaults, factories, converters = cls._schema()
         self = cls.__new__(cls)
         self.__dict__ = state = {**defaults, **data}
-        for name, factory in factories:
+        for name, factory in factories.items():
             if name not in data:
                 state[name] = factory()
-        unknown = len(state) > len(defaults)
-        extra = {name: state.pop(name) for name in data if name not in defaults} if unknown else {}
+        has_extra = len(state) > len(defaults)
+        extra = {key: state.pop(key) for key in data if key not in defaults} if has_extra else {}
         state["extra"], state["_source"] = extra, data
-        for name, source, convert in converters:
+        for name, json_type, convert in converters:
             value = state[name]
-            if isinstance(value, source):
+            if isinstance(value, json_type):
                 state[name] = convert(value)
         return self
 
@@ -386,13 +385,13 @@ class _Record:
             value = getattr(self, name)
             if name in source or value != default:
                 unchanged = isinstance(value, datetime) and value == _parse_time(source.get(name))
-                items[name] = source[name] if unchanged else value  # times as the server wrote them
+                items[name] = source[name] if unchanged else value  # in the server's spelling
         return {**items, **self.extra}
 
     def _values(self) -> _Object:
         return {name: getattr(self, name) for name in self._schema().defaults}
 
-    def __eq__(self, other: object) -> bool:  # generating one per class takes a fifth of the import
+    def __eq__(self, other: object) -> bool:  # dataclass's own would cost a fifth of the import
         if not isinstance(other, _Record) or type(other) is not type(self):
             return NotImplemented
         return self._values() == other._values() and self.extra == other.extra
@@ -503,7 +502,7 @@ class AgentActivityThreadMessageContent(_Record):
 
 @dataclass(repr=False, eq=False)
 class _Entry(_Record):
-    """What all entries of an activity log have."""
+    """The fields that an activity log and all its entries have."""
 
     id: str
     created_at: _Time = _converted(_parse_time)
@@ -577,13 +576,13 @@ _GATEWAY_ACTIONS = [
 
 
 def _parse_entry(entry: Any) -> Any:
-    """The record of an entry, whose kind is told by its keys: the first match counts."""
+    """The record of an entry. Its keys decide its class: the first rule that matches wins."""
     if not isinstance(entry, dict):
         return entry
     kind = entry.get("type")
-    cls: type[_Entry] = AgentActivityThreadAuth
+    cls: type[_Entry]
     if entry.get("action") in _GATEWAY_ACTIONS:
-        fits = False
+        cls, fits = AgentActivityThreadOtherEntry, True
     elif "role" in entry and "content" in entry:
         cls = AgentActivityThreadMessage
         fits = entry["role"] in ("user", "agent") and isinstance(entry["content"], dict)
@@ -591,12 +590,13 @@ def _parse_entry(entry: Any) -> Any:
         cls, fits = AgentActivityThreadToolCall, isinstance(entry["tool_name"], str)
     elif kind in ("think", "analyze"):
         texts = map(entry.get, ("title", "thought", "action", "result", "analysis"))
-        cls, fits = AgentActivityThreadReasoning, {*map(type, texts)} <= {str, type(None)}
+        cls = AgentActivityThreadReasoning
+        fits = all(isinstance(text, (str, type(None))) for text in texts)
     elif "query" in entry:
         cls = AgentActivityThreadSubAgentTrigger
         fits = isinstance(entry["query"], (str, type(None)))
     else:
-        fits = "data" in entry and kind in _AUTH_TYPES
+        cls, fits = AgentActivityThreadAuth, "data" in entry and kind in _AUTH_TYPES
     return (cls if fits else AgentActivityThreadOtherEntry).from_dict(entry)
 
 
@@ -621,10 +621,12 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 def _is_header_value(value: Any) -> bool:
+    """Whether it is printable ASCII; it may be empty."""
     return isinstance(value, str) and value.isascii() and value.isprintable()
 
 
 def _from_env(value: Optional[str], variable: str) -> Optional[str]:
+    """The value, else that of the environment variable, without spaces around it; None if empty."""
     return (value or "").strip() or os.environ.get(variable, "").strip() or None
 
 
@@ -633,13 +635,13 @@ class Configuration:
     """The platform's address and the credentials. Any number of tasks and threads may share one.
 
     Unset values come from XPANDER_API_KEY, XPANDER_ORGANIZATION_ID and XPANDER_BASE_URL, when the
-    object is made. `timeout`: the longest single wait for the network in seconds, except for the
-    look-up of a name. `max_retries`: how often a failed request is sent again. `idle_timeout`:
-    seconds of silence after which a stream reconnects. `ssl_context`: used instead of
-    `ssl.create_default_context()`. `headers`: additional headers for the API and the events, as
-    gateways require them; never sent for files. `trusted_file_hosts`: hosts from which files may be
-    fetched although their address is not public. A pickle contains the key and the headers.
-    ValueError: a value that cannot be used.
+    object is made. `timeout`: the longest single wait for the network in seconds (the look-up of a
+    name has its own limit). `max_retries`: how often a failed request is sent again.
+    `idle_timeout`: seconds of silence after which a stream reconnects. `ssl_context`: used instead
+    of `ssl.create_default_context()`. `headers`: additional headers for the API and the events, as
+    gateways require them; never sent for files. `trusted_file_hosts`: names or addresses of hosts
+    from which files may be fetched although their address is not public. A pickle contains the key
+    and the headers. An invalid value is a ValueError.
     """
 
     api_key: _Str = field(repr=False)
@@ -677,13 +679,20 @@ class Configuration:
         for seconds in (timeout, idle_timeout):
             if not (isinstance(seconds, (int, float)) and 0 < seconds < 2**21):
                 raise ValueError("timeout and idle_timeout are seconds: above 0, below 2**21")
-        if not isinstance(max_retries, int):
-            raise ValueError("max_retries must be a whole number")
+        if not (isinstance(max_retries, int) and max_retries >= 0):
+            raise ValueError("max_retries must be a whole number, 0 or more")
         staging = os.environ.get("IS_STG", "").strip().lower() == "true"
         default_url = f"https://inbound.{'stg.' if staging else ''}xpander.ai"
-        root = (_from_env(base_url, "XPANDER_BASE_URL") or default_url).partition("?")[0]
+        root = _from_env(base_url, "XPANDER_BASE_URL") or default_url
         root = root if "://" in root else f"https://{root}"
-        hosts = trusted_file_hosts
+        if "?" in root:
+            raise ValueError("base_url must not have a query")
+        if isinstance(trusted_file_hosts, str):
+            trusted_file_hosts = [trusted_file_hosts]
+        hosts = tuple(map(_normal_host, trusted_file_hosts))
+        for host in hosts:
+            if not _HOST.fullmatch(host) or host.count(":") == 1:
+                raise ValueError("trusted_file_hosts must be names or addresses, without a port")
         self.__dict__.update(  # frozen: setting an attribute would raise
             api_key=api_key,
             organization_id=_from_env(organization_id, "XPANDER_ORGANIZATION_ID"),
@@ -693,9 +702,7 @@ class Configuration:
             idle_timeout=idle_timeout,
             ssl_context=ssl_context,
             headers=headers,
-            trusted_file_hosts=tuple(
-                map(_normal_host, [hosts] if isinstance(hosts, str) else hosts)
-            ),
+            trusted_file_hosts=hosts,
         )
 
     def close(self) -> None:
@@ -709,19 +716,19 @@ class Configuration:
         self.close()
 
     def __deepcopy__(self, memo: Any) -> Configuration:
-        return self  # immutable, and its connections are there to be shared
+        return self  # immutable; a copy would not share its connections
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def _transport(self) -> _Transport:
-        # setdefault is atomic: of two threads that come here at once, both get the same one
+        # made at first use; setdefault is atomic, so that two threads get the same one
         state = self.__dict__
         return state.get("_transport") or state.setdefault("_transport", _Transport(self))  # type: ignore[no-any-return]
 
     def _api_url(self, route: str, *ids: Any) -> str:
-        """A route under the API root, which names the organization on an agent controller."""
+        """The URL of a route. On an agent controller it starts with the organization."""
         url = _parse_url(self.base_url)
         is_controller = "agent-controller" in url.host or url.port == 9016
         if is_controller or url.target.split("/")[1] == "agent-controller":
@@ -747,18 +754,18 @@ def _path(route: str, *ids: Any) -> str:
             reason = "No organization: set XPANDER_ORGANIZATION_ID or organization_id"
             raise ModuleException(400, reason, answered=False)
         if not isinstance(value, str) or value.strip() in ("", ".", ".."):
-            raise ValueError(f"{name} must be a string, and neither empty nor dots")
+            raise ValueError(f"{name} must be a string other than '', '.' and '..'")
     quoted = [urllib.parse.quote(value, safe="") for value in ids]
     return route.format(**dict(zip(names, quoted)))
 
 
 @functools.lru_cache(maxsize=16)
 def _shared_configuration(*environment: Optional[str]) -> Configuration:
-    return Configuration()
+    return Configuration()  # reads the environment itself: the arguments are the key of the cache
 
 
 def _default_configuration() -> Configuration:
-    """The configuration of the current environment values; calls that use it share connections."""
+    """The configuration of the current environment values, shared by all calls without one."""
     names = ("XPANDER_API_KEY", "XPANDER_ORGANIZATION_ID", "XPANDER_BASE_URL", "IS_STG")
     return _shared_configuration(*map(os.environ.get, names))
 
@@ -775,11 +782,12 @@ def _async_twin(method: Callable[_P, _T]) -> Callable[_P, Coroutine[Any, Any, _T
     async def twin(*arguments: Any, **options: Any) -> _T:
         import asyncio  # 60 ms of import that sync programs never need
 
-        def run() -> Any:
-            _current_scope.set(scope)  # in the thread's own copy of the context
-            return getattr(arguments[0], name)(*arguments[1:], **options)  # as a subclass has it
-
         scope = _CancelScope()
+
+        def run() -> Any:
+            _current_scope.set(scope)  # asyncio.to_thread runs this in a copy of the context
+            return getattr(arguments[0], name)(*arguments[1:], **options)  # maybe of a subclass
+
         try:
             return await asyncio.to_thread(run)
         finally:
@@ -815,8 +823,9 @@ class TasksListItem(_Record):
     aload = _async_twin(load)
 
 
-_OTHER_NAMES = {  # of the official SDK
+_OTHER_NAMES = {  # of the platform and of the official SDK
     "existing_task_id": "id",
+    "input": "prompt, file_urls, user, attachments and principal",
     "user_details": "user",
     "tool_call_payload_extension": "payload_extension",
 }
@@ -826,8 +835,8 @@ _OTHER_NAMES = {  # of the official SDK
 class Task(_SentRecord):
     """A task of the platform, with the fields of its OpenAPI schema `AgentExecution`.
 
-    Change fields, then `save()`. Keys without a field are in `extra`, and are kept. All calls raise
-    `ModuleException` and `ValueError`. Only one thread or coroutine at a time may use a task.
+    Change fields, then `save()`. Keys without a field are in `extra`, and are kept. Any call may
+    raise `ModuleException` or `ValueError`. One thread or coroutine at a time may use a task.
     """
 
     id: str
@@ -884,16 +893,19 @@ class Task(_SentRecord):
     ) -> Task:
         """The task of a JSON object, taken as the server's state: `save()` compares with it."""
         text = _encode(dict(data))
-        return cls._from_response(json.loads(text), text, configuration)  # a copy of the data
+        copy = json.loads(text)
+        return cls._from_response(copy, text, configuration)
 
     @classmethod
-    def _from_response(cls, data: Mapping[str, Any], text: Any, configuration: Any) -> Task:
+    def _from_response(
+        cls, data: _Object, text: Union[str, bytes], configuration: Optional[Configuration]
+    ) -> Task:
         task = super().from_dict(data)
         task.__dict__.update(_baseline=text, _configuration=configuration)
         return task
 
     def __repr__(self) -> str:
-        status, title = _to_json(self.status), _redact(self.title)
+        status, title = getattr(self.status, "value", self.status), _redact(self.title)
         return f"Task(id={self.id!r}, status={status!r}, title={title!r:.60})"
 
     @property
@@ -908,7 +920,7 @@ class Task(_SentRecord):
     @property
     def is_finished(self) -> bool:
         """Whether the status is final; for an unknown one, whether `finished_at` is set."""
-        known = self.status in list(AgentExecutionStatus)
+        known = self.status in list(AgentExecutionStatus)  # a plain string may be, too
         return AgentExecutionStatus(self.status).is_final if known else self.finished_at is not None
 
     @classmethod
@@ -986,7 +998,8 @@ class Task(_SentRecord):
         """Send the fields that differ from the server's last state, and take its response.
 
         Nested changes count; None is sent as null. A failed save loses nothing: the next one sends
-        the changes. If there are none, it reloads. Route: PATCH /agent-execution/{task_id}/update.
+        the changes. If there are none, it reloads. Objects in fields (`input`, lists) are replaced
+        by new ones. Route: PATCH /agent-execution/{task_id}/update.
         """
         if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
             raise ValueError("internal_status has more than the 255 characters the platform takes")
@@ -1010,7 +1023,7 @@ class Task(_SentRecord):
         changes = {name: value for name, value in values.items() if value is not None}
         baseline = json.loads(self._baseline)
         self.__dict__.update(changes)
-        # a field that is not in the baseline is sent: also by the next save if this one fails
+        # not in the baseline, they are sent even if unchanged, and again if this save fails
         self._baseline = _encode({key: baseline[key] for key in baseline if key not in changes})
         return self.save()
 
@@ -1019,7 +1032,7 @@ class Task(_SentRecord):
         before = json.loads(self._baseline)
         route = "/agent-execution/{task_id}"
         stopped = self._request_task(self.configuration, "DELETE", route, self.id)
-        self.status = stopped.status  # the one change that does not stay
+        self.status = stopped.status  # instead of an unsaved change of the status
         return self._update(stopped, before)
 
     def reload(self) -> Task:
@@ -1029,8 +1042,9 @@ class Task(_SentRecord):
     def wait_finished(self, timeout: Optional[float] = None, *, or_paused: bool = False) -> Task:
         """Reload until the status is final, with pauses that grow from 0.5 to 5 s.
 
-        `or_paused`: also until it is `paused`, which means that the task waits for a person.
-        `TimeoutError` after `timeout` seconds, which are checked after each reload.
+        If it is final already, there is no request. `or_paused`: also until it is `paused`, which
+        means that the task waits for a person. `TimeoutError` after `timeout` seconds, which are
+        checked after each reload.
         """
         for pause in self._pauses(timeout, or_paused):
             _wait(pause)
@@ -1051,15 +1065,15 @@ class Task(_SentRecord):
     def events(self) -> _Events:
         """The task's events, each as it arrives; the last one is its `task_finished`.
 
-        Broken and silent connections are replaced, and no event is repeated; if the stream ends
-        before the task, that is a `ModuleException`. ValueError at the call if the task has no
+        If the connection breaks or is silent, it reconnects, and skips repeated events; if that
+        fails, it raises `ModuleException`. ValueError at the call if the task has no
         `events_streaming`. `close()` or `with` leaves the stream at once. Route, under the events
         root: GET /{organization_id}/agent-execution/{task_id}/events.
         """
         return _Events(_Stream(self))
 
     def aevents(self) -> _AsyncEvents:
-        """`events`, async; each stream is read by a daemon thread of its own."""
+        """`events`, async; a daemon thread reads the stream. Cancelling a wait for it closes it."""
         return _AsyncEvents(_Stream(self))
 
     def get_activity_log(self) -> AgentActivityThread:
@@ -1069,7 +1083,7 @@ class Task(_SentRecord):
         """
         url = self.configuration._api_url("/activity/{agent_id}/{task_id}", self.agent_id, self.id)
         response = self.configuration._transport.call("GET", url)
-        if response.value in (None, {}):
+        if not response.value:
             raise response.error(404, "No activity log yet")
         if not isinstance(response.value, dict):
             raise response.unexpected("an activity log")
@@ -1093,7 +1107,7 @@ class Task(_SentRecord):
             from agno.media import Image  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
             return urls
-        # agno fetches what it is given, so the same rules hold
+        # agno fetches these URLs itself, so the same rules hold
         return [Image(url=url) for url in urls if _is_allowed(self.configuration, url)]
 
     def get_human_readable_files(self) -> List[dict[str, str]]:
@@ -1112,11 +1126,15 @@ class Task(_SentRecord):
     def to_message(self) -> str:
         """The input as one text for a model: its text, the URLs, the contents of readable files."""
         urls, readable = self._file_urls(), self.get_human_readable_files()
-        lines = [getattr(self.input, "text", None), "Files: " + ", ".join(urls) if urls else None]
-        lines += ["Files contents:", *map(json.dumps, readable)] if readable else []
-        return "\n".join(map(str, filter(None, lines)))
+        text = getattr(self.input, "text", None)
+        lines = [str(text)] if text else []
+        if urls:
+            lines.append("Files: " + ", ".join(urls))
+        if readable:
+            lines += ["Files contents:", *map(json.dumps, readable)]
+        return "\n".join(lines)
 
-    # The async twins; `aevents` and `await_finished` stand beside their sync forms.
+    # The async twins; `aevents` and `await_finished` are next to their sync versions.
     aload = classmethod(_async_twin(load))
     acreate = classmethod(_async_twin(create))
     alist = classmethod(_async_twin(list))
@@ -1140,18 +1158,18 @@ class Task(_SentRecord):
         body: Optional[_Object] = None,
         headers: Mapping[str, str] = {},
     ) -> Task:
-        """The task in a response; where a change has an empty response, the task is loaded."""
+        """The task in a response; if that of a PATCH or DELETE is empty, the task is loaded."""
         url = configuration._api_url(route, id)
         response = configuration._transport.call(method, url, body, headers)
         value = response.value
         if value is None and method in ("PATCH", "DELETE"):
             return cls.load(id, configuration)
         if isinstance(value, dict) and isinstance(value.get("id"), str):
-            return cls._from_response(value, response.text, configuration)
+            return cls._from_response(value, response.body, configuration)
         raise response.unexpected("a task")
 
     def _update(self, newer: Task, before: Optional[_Object] = None) -> Task:
-        """Take the state of `newer`, except for what the caller changed since `before`."""
+        """Take the state of `newer`, except what the caller changed since the state `before`."""
         for name in _changed(before, self.to_dict()) if before is not None else ():
             if name in self._schema().defaults:
                 newer.__dict__[name] = self.__dict__[name]
@@ -1162,7 +1180,7 @@ class Task(_SentRecord):
         return self
 
     def _pauses(self, timeout: Optional[float], or_paused: bool) -> Iterator[float]:
-        """The pauses before each check of the status, until it is final."""
+        """The pauses before each reload, until the status is final; TimeoutError."""
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         pause = 0.0
         while not (self.is_finished or (pause and or_paused and self.status == "paused")):
@@ -1174,15 +1192,15 @@ class Task(_SentRecord):
 
     def _file_urls(self, kind: Optional[str] = None) -> List[str]:
         """The URLs of the attachments, then those of further files; only those of one kind."""
-        values = (getattr(self.input, name, None) for name in ("attachments", "files"))
-        attachments, files = (value if isinstance(value, list) else [] for value in values)
-        items = [item for item in attachments if isinstance(item, dict)]
-        items += [{"url": url} for url in files]
-        kinds: dict[str, str] = {}
-        for item in items:
-            if isinstance(item.get("url"), str):
+        attachments, files = (
+            value if isinstance(value, list) else []
+            for value in (getattr(self.input, name, None) for name in ("attachments", "files"))
+        )
+        kinds: dict[str, str] = {}  # by URL, of which the first one counts
+        for item in [*attachments, *({"url": url} for url in files)]:
+            if isinstance(item, dict) and isinstance(item.get("url"), str):
                 kinds.setdefault(item["url"], _file_kind(item))
-        return [url for url, found in kinds.items() if kind in (None, found)]
+        return [url for url in kinds if kind is None or kinds[url] == kind]
 
 
 def _encode_query(values: Mapping[str, Any]) -> str:
@@ -1202,10 +1220,9 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
 
 
 def _equal_json(one: Any, other: Any) -> bool:
-    if type(one) is not type(other) or one != other:
-        return False
-    # within containers, True equals 1 for Python
-    return not (one and isinstance(one, (dict, list))) or _canonical(one) == _canonical(other)
+    # Python's equality where it is enough: it is not for NaN, nor for True and 1 in a container
+    simple = type(one) is type(other) and not (one and isinstance(one, (dict, list)))
+    return bool(simple and one == other) or _canonical(one) == _canonical(other)
 
 
 # ---- URLs ----------------------------------------------------------------------------------------
@@ -1222,18 +1239,15 @@ class _URL(NamedTuple):
     host: str  # lower case, IDNA, neither brackets nor a final dot
     port: int
     target: str  # path and query, percent-encoded
-    dns_name: str  # the host as it is looked up: a final dot makes a name absolute
+    dns_name: str  # the host for the look-up, with its final dot if it has one
 
     @property
     def netloc(self) -> str:
-        return self._netloc(self.host)
-
-    def _netloc(self, host: str) -> str:
-        host = _bracketed(host)
+        host = _bracketed(self.host)
         return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self._netloc(self.dns_name)}{self.target}"
+        return f"{self.scheme}://{self._replace(host=self.dns_name).netloc}{self.target}"
 
 
 def _bracketed(host: str) -> str:
@@ -1246,10 +1260,10 @@ def _normal_host(host: str) -> str:
     return host.lower().rstrip(".")
 
 
-def _parse_url(url: str, name: str = "a file's URL") -> _URL:
+def _parse_url(url: str, what: str = "a file's URL") -> _URL:
     """The normal form of an http or https URL without a user name; any other is rejected."""
     if len(url) > 2048 and not url.isascii():  # IDNA takes time by the square of the length
-        raise _URLRejected(f"{name} has more than 2048 characters, some of them not ASCII")
+        raise _URLRejected(f"{what} has more than 2048 characters, some of them not ASCII")
     try:
         parts = urllib.parse.urlsplit(url.strip())
         given, port = parts.hostname or "", parts.port
@@ -1258,7 +1272,7 @@ def _parse_url(url: str, name: str = "a file's URL") -> _URL:
             raise ValueError
     except ValueError:
         raise _URLRejected(
-            f"{name} must be an http or https URL with a host and without a user name"
+            f"{what} must be an http or https URL with a host and without a user name"
         ) from None
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     target = urllib.parse.quote(target, safe="/%!$&'()*+,;=:@~?")
@@ -1288,7 +1302,10 @@ def _parse_proxy(url: str) -> _Proxy:
     scheme, _, remainder = url.strip().rpartition("://")
     credentials, _, netloc = remainder.rstrip("/").rpartition("@")
     if scheme.lower() not in ("", "http") or "/" in credentials:
-        raise _URLRejected("a proxy must have a URL that starts with http://; see HTTPS_PROXY")
+        raise _URLRejected(
+            "the URL of a proxy must be http://host:port or http://user:password@host:port, "
+            "percent-encoded; see HTTPS_PROXY"
+        )
     proxy = _parse_url(f"http://{netloc}", "the URL of a proxy")
     if credentials:
         import base64
@@ -1308,10 +1325,10 @@ _CONNECTION_ERRORS = (
 )
 _TIMEOUTS = (socket.timeout, TimeoutError)  # two classes before Python 3.10
 # What a request may raise. ValueError: an invalid host or port, also in a redirect; TypeError and
-# RecursionError: headers on which the e-mail parser fails, which http.client uses
+# RecursionError: http.client parses headers with the email package, which may fail on them
 _REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, TypeError, RecursionError)
 _USER_AGENT = f"xtask/{__version__}"
-_NO_CODING = ("", "identity", "aws-chunked")
+_NO_CODING = ("", "identity", "aws-chunked")  # S3 keeps the last one as metadata
 _OWN_HEADERS = {  # which Configuration.headers cannot replace
     "accept",
     "cache-control",
@@ -1326,6 +1343,7 @@ _OWN_HEADERS = {  # which Configuration.headers cannot replace
     "x-api-key",
 }
 _RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # struct linger
+# the line end of the chunk before, the size, extensions
 _CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")
 _jitter = random.SystemRandom().uniform  # unaffected by random.seed()
 
@@ -1345,11 +1363,11 @@ class _CancelScope:
     def cancel(self) -> None:
         self.cancelled.set()
         if sock := self.sock:
-            # close() would not wake a blocked read, and SSLSocket.shutdown() removes the TLS layer
-            # from under the thread that reads
+            # close() would not wake a blocked read, and SSLSocket.shutdown() would drop the TLS
+            # object that the other thread reads from
             with contextlib.suppress(OSError):
-                # the later close() is to reset the connection: without that, Linux may let a server
-                # that is blocked in a send wait for a minute
+                # the later close() sends a reset: without it, a server that is blocked in send()
+                # may wait for a minute on Linux
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
@@ -1376,7 +1394,7 @@ def _wait(seconds: float) -> None:
 
 
 class _RetryPolicy(NamedTuple):
-    """Which failures are retried; a request that was not sent always is."""
+    """Which failures are retried. A request that was not sent is always retried."""
 
     statuses: tuple[int, ...]
     errors: tuple[type[Exception], ...]
@@ -1388,7 +1406,7 @@ class _RetryPolicy(NamedTuple):
 
 
 _RETRY = _RetryPolicy((429, 502, 503, 504), _CONNECTION_ERRORS)
-_RETRY_POST = _RetryPolicy((429,), ())  # it may have taken effect before the connection broke
+_RETRY_POST = _RetryPolicy((429,), ())  # a POST may have taken effect before the connection broke
 _RETRY_STREAM = _RetryPolicy((429, *range(500, 600)), _CONNECTION_ERRORS + _TIMEOUTS)
 
 
@@ -1422,35 +1440,36 @@ def _decode_chunks(data: bytes, remaining: int) -> tuple[bytes, bytes, int, bool
         ended = offset == head.end()
     buffer = data[offset:]
     if not ended and (len(buffer) > 4096 or b"\n" in buffer.lstrip(b"\r\n")):
-        raise http.client.HTTPException("a chunk has no size")
+        raise http.client.HTTPException("a chunk without a valid size")
     return b"".join(parts), buffer, max(0, offset - len(data)), ended
 
 
 class _Reader(io.BufferedReader):
-    """Raises where a head is cut off: http.client takes one that ends anywhere as complete."""
+    """Raises if the connection ends within a head, which http.client would take as complete."""
 
-    started = False
+    started = False  # without any byte, http.client raises RemoteDisconnected itself
 
     def readline(self, size: Optional[int] = -1) -> bytes:
         line = super().readline(size)
-        if not line.endswith(b"\n") and len(line) != size and (line or self.started):
+        is_cut_off = not line.endswith(b"\n") and len(line) != size  # of that size: a long line
+        if is_cut_off and (line or self.started):
             raise http.client.IncompleteRead(line)
         self.started = True
         return line
 
 
 class _Response(http.client.HTTPResponse):
-    """A response whose content is read as it arrives, however it is framed (RFC 9112, section 6.3).
+    """A response whose content is read as it arrives, with any framing (RFC 9112, section 6.3).
 
     gzip and deflate are decoded, asked for or not (RFC 9110, section 8.4).
     """
 
     connection: Optional[_Connection] = None  # until it is released
-    host: str
-    redact_key: Callable[[Any], Any]
-    text = b""  # the body of the response to a call
-    value: Any = None  # its JSON value; None where it is empty
-    coding = ""
+    host = ""
+    redact_key: Callable[[Any], Any] = str
+    body = b""  # of the response to a call
+    value: Any = None  # its JSON value; None if the body is empty
+    coding = ""  # of the content: gzip, deflate, or one that is not supported
     decoder: Any = None  # of zlib
     encoded = b""  # read, but not yet taken by the decoder
     pending = False  # whether the decoder has more output
@@ -1500,11 +1519,11 @@ class _Response(http.client.HTTPResponse):
         while True:
             if not self.encoded and not self.pending:
                 self.encoded = self._read_body()
-                if not self.encoded and (not self.decoder or self.decoder.eof):
-                    return b""
-                if not self.encoded and self.ends_with_connection:
-                    raise http.client.IncompleteRead(b"")
                 if not self.encoded:
+                    if not self.decoder or self.decoder.eof:
+                        return b""
+                    if self.ends_with_connection:
+                        raise http.client.IncompleteRead(b"")
                     raise self.error(status, text + "which is cut off")
             if not self.decoder or self.decoder.eof:  # a further member follows
                 self.decoder = zlib.decompressobj(15 if self.coding == "deflate" else 31)
@@ -1544,7 +1563,7 @@ class _Response(http.client.HTTPResponse):
         return data
 
     def read_all(self, limit: int, seconds: float = float("inf")) -> bytes:
-        """The body, to its end or just over the limit; that of an error may be cut off."""
+        """The body, at most one part longer than the limit; that of an error may be incomplete."""
         body, deadline = bytearray(), time.monotonic() + seconds
         try:
             while len(body) <= limit and time.monotonic() < deadline:
@@ -1565,7 +1584,7 @@ class _Response(http.client.HTTPResponse):
     @property
     def reusable(self) -> bool:
         """Whether the body ended where its head declared, so that another response may follow."""
-        if self.ended:
+        if self.ended:  # with a Content-Length, too, somebody else may see another end
             return self.buffer == b"\r\n" and "Content-Length" not in self.headers
         declared = self.chunked or self.headers.get("Content-Length", "0") != "0"
         ended = self.length == 0 and not self.buffer and self.status >= 200
@@ -1599,7 +1618,8 @@ def _open_socket(host: str, port: int, public_only: bool, seconds: float) -> soc
         except BaseException as error:
             if sock:
                 sock.close()
-            if not addresses or not isinstance(error, OSError) or _is_cancelled():
+            is_late = time.monotonic() > deadline
+            if not addresses or is_late or not isinstance(error, OSError) or _is_cancelled():
                 raise
     raise OSError(f"{host} has no address")
 
@@ -1721,9 +1741,9 @@ class _Transport:
             )
             try:
                 with self.open(request) as response:
-                    response.text = response.read_all(_MAX_RESPONSE)
+                    response.body = response.read_all(_MAX_RESPONSE)
                     self._release(request, response)
-                is_empty = response.status == 200 and not response.text
+                is_empty = response.status == 200 and not response.body
                 if is_empty and response.ends_with_connection and method in ("GET", "POST"):
                     raise http.client.IncompleteRead(b"")
             except _REQUEST_ERRORS as error:
@@ -1887,7 +1907,7 @@ class _Transport:
 
     def parse_response(self, response: _Response) -> Any:
         """The JSON value of a response (None for an empty one), or a ModuleException."""
-        status, host, body = response.status, response.host, response.text
+        status, host, body = response.status, response.host, response.body
         if len(body) > _MAX_RESPONSE:
             raise response.error(500, f"{host} sent more than {_MAX_RESPONSE // 2**20} MiB")
         invalid: Optional[Exception] = None
@@ -2189,8 +2209,8 @@ class _Stream:
             raise self.transport.connection_error(request, error) from error
         if not 200 <= response.status < 300:
             with response:
-                response.sock.settimeout(_REFUSAL_SECONDS)
-                response.text = response.read_all(65536, _REFUSAL_SECONDS)
+                response.sock.settimeout(_ERROR_BODY_SECONDS)
+                response.body = response.read_all(65536, _ERROR_BODY_SECONDS)
             self.transport.parse_response(response)  # which raises
         return response
 
