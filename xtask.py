@@ -98,6 +98,7 @@ __all__ = [
 
 _MAX_EVENT = 16 * 2**20  # bytes of one event
 _MAX_RESPONSE = 64 * 2**20  # bytes of a JSON response
+_MAX_HEAD_LINES = 1000  # of a response and the interim ones before it
 _MAX_FILE = 10 * 2**20  # bytes of one input file
 _MAX_FILES = 32 * 2**20  # bytes of all input files of one call
 _FILE_THREADS = 8  # concurrent downloads of one call
@@ -124,7 +125,7 @@ class ModuleException(Exception):
     with names in lower case, or None. The cause is chained.
     """
 
-    _sent = True  # False if it failed before anything was sent: even a POST may be sent again
+    _retriable = False  # whether it failed before anything was sent: even a POST is sent again
 
     def __init__(
         self,
@@ -627,6 +628,8 @@ def _is_header_value(value: Any) -> bool:
 
 def _from_env(value: Optional[str], variable: str) -> Optional[str]:
     """The value, else that of the environment variable, without spaces around it; None if empty."""
+    if not isinstance(value, (str, type(None))):
+        raise ValueError(f"the value for {variable} must be a string")
     return (value or "").strip() or os.environ.get(variable, "").strip() or None
 
 
@@ -1090,25 +1093,32 @@ class Task(_SentRecord):
         return AgentActivityThread.from_dict(response.value)
 
     def get_files(self) -> List[Any]:
-        """The PDFs: `agno.media.File` with their bytes where agno is installed, else URLs."""
+        """The PDFs: URLs, or where agno is installed `agno.media.File` with their bytes.
+
+        A file that cannot be fetched has its URL instead; one whose URL is refused is left out.
+        """
         urls = self._file_urls("pdf")
         try:
             from agno.media import File  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
             return urls
         fetched = _fetch_files(self.configuration, urls)
-        found = [_agno_pdf(self.configuration, File, *pair) for pair in zip(urls, fetched)]
-        return [file for file in found if file is not None]
+        deadline = time.monotonic() + self.configuration.timeout
+        files = [
+            _agno_pdf(self.configuration, File, *pair, deadline) for pair in zip(urls, fetched)
+        ]
+        return [file for file in files if file is not None]
 
     def get_images(self) -> List[Any]:
-        """The images: `agno.media.Image` with their URL where agno is installed, else URLs."""
+        """The images: URLs, or where agno is installed `agno.media.Image`, except refused ones."""
         urls = self._file_urls("image")
         try:
             from agno.media import Image  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
             return urls
         # agno fetches these URLs itself, so the same rules hold
-        return [Image(url=url) for url in urls if _is_allowed(self.configuration, url)]
+        deadline = time.monotonic() + self.configuration.timeout
+        return [Image(url=url) for url in urls if _is_allowed(self.configuration, url, deadline)]
 
     def get_human_readable_files(self) -> List[dict[str, str]]:
         """`{"url": ..., "content": ...}` of each readable file, in order; 8 are fetched at a time.
@@ -1228,6 +1238,7 @@ def _equal_json(one: Any, other: Any) -> bool:
 # ---- URLs ----------------------------------------------------------------------------------------
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_URL_CHARACTERS = "/%!$&'()*+,;=:@~?"  # which are not percent-encoded in a path with a query
 # no "@" (a user name), and none of the characters on which URL parsers disagree
 _HOST = re.compile(r"[^\s\0-\x20\x7f@%\\/?#\[\]]+")
 
@@ -1275,7 +1286,7 @@ def _parse_url(url: str, what: str = "a file's URL") -> _URL:
             f"{what} must be an http or https URL with a host and without a user name"
         ) from None
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    target = urllib.parse.quote(target, safe="/%!$&'()*+,;=:@~?")
+    target = urllib.parse.quote(target, safe=_URL_CHARACTERS)
     port = _DEFAULT_PORTS[parts.scheme] if port is None else port
     dns_name = host + "." if given.endswith(".") else host
     return _URL(parts.scheme, host, port, target, dns_name)
@@ -1337,6 +1348,7 @@ _OWN_HEADERS = {  # which Configuration.headers cannot replace
     "content-type",
     "host",
     "last-event-id",
+    "proxy-authorization",
     "transfer-encoding",
     "user-agent",
     "x-agent-version",
@@ -1344,7 +1356,7 @@ _OWN_HEADERS = {  # which Configuration.headers cannot replace
 }
 _RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # struct linger
 # the line end of the chunk before, the size, extensions
-_CHUNK_HEAD = re.compile(rb"[\r\n]*0*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")
+_CHUNK_HEAD = re.compile(rb"[\r\n]*([0-9A-Fa-f]+)(?:[; \t][^\n]*)?\r?\n")
 _jitter = random.SystemRandom().uniform  # unaffected by random.seed()
 
 
@@ -1402,7 +1414,7 @@ class _RetryPolicy(NamedTuple):
     def allows(self, error: ModuleException) -> bool:
         if error.answered:
             return error.status_code in self.statuses
-        return not error._sent or isinstance(error.__cause__, self.errors)
+        return error._retriable or isinstance(error.__cause__, self.errors)
 
 
 _RETRY = _RetryPolicy((429, 502, 503, 504), _CONNECTION_ERRORS)
@@ -1445,16 +1457,23 @@ def _decode_chunks(data: bytes, remaining: int) -> tuple[bytes, bytes, int, bool
 
 
 class _Reader(io.BufferedReader):
-    """Raises if the connection ends within a head, which http.client would take as complete."""
+    """Reads heads. http.client would take one that is cut off as complete, and never give up."""
 
-    started = False  # without any byte, http.client raises RemoteDisconnected itself
+    lines = 0
 
     def readline(self, size: Optional[int] = -1) -> bytes:
-        line = super().readline(size)
+        try:
+            line = super().readline(size)
+        except ConnectionError:
+            if not self.lines:
+                raise
+            line = b""
         is_cut_off = not line.endswith(b"\n") and len(line) != size  # of that size: a long line
-        if is_cut_off and (line or self.started):
+        if is_cut_off and (line or self.lines):  # without any byte, http.client raises
             raise http.client.IncompleteRead(line)
-        self.started = True
+        self.lines += 1
+        if self.lines > _MAX_HEAD_LINES:
+            raise http.client.HTTPException("too many interim responses")
         return line
 
 
@@ -1483,22 +1502,23 @@ class _Response(http.client.HTTPResponse):
 
     def begin(self) -> None:
         super().begin()
-        for _ in range(10):  # of the interim responses, http.client skips only 100
-            if self.status == 101 or self.status >= 200:  # 101 is final: another protocol follows
-                codings = self.headers.get_all("Content-Encoding", [])
-                if self.ends_with_connection:
-                    codings += self.headers.get_all("Transfer-Encoding", [])
-                names = [name.strip() for name in ",".join(codings).lower().split(",")]
-                self.coding = ", ".join(name for name in names if name not in _NO_CODING)
-                return
-            self.headers = None  # type: ignore[assignment]  # begin() does nothing if it is set
-            super().begin()
-        raise http.client.HTTPException("too many interim responses")
+        while self.status < 200 and self.status != 101:  # http.client skips only 100 of these;
+            self.headers = None  # type: ignore[assignment]  # 101 is final: another protocol
+            super().begin()  # which does nothing if there are headers
+        codings = self.headers.get_all("Content-Encoding", [])
+        if self.ends_with_connection:
+            codings += self.headers.get_all("Transfer-Encoding", [])
+        names = [name.strip() for name in ",".join(codings).lower().split(",")]
+        self.coding = ", ".join(name for name in names if name not in _NO_CODING)
 
     def error(self, status: int, description: str, details: Any = None) -> ModuleException:
         """An error with the headers of this response; the key is hidden in the description."""
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        return ModuleException(status, self.redact_key(description), details, True, headers)
+        return ModuleException(
+            status, self.redact_key(description), details, True, self.header_values()
+        )
+
+    def header_values(self) -> dict[str, str]:
+        return {name.lower(): value for name, value in self.headers.items()}
 
     def unexpected(self, expected: str) -> ModuleException:
         kind = type(self.value).__name__
@@ -1512,29 +1532,35 @@ class _Response(http.client.HTTPResponse):
         """Some of the decoded content, at most 64 KiB at a time, however much it expands."""
         import zlib
 
-        text = f"the response has the Content-Encoding {self.coding:.60}, "
-        status = self.status if self.status >= 400 else 500
         if self.coding not in ("gzip", "x-gzip", "deflate"):
-            raise self.error(status, text + "which is not supported")
+            raise self._coding_error("is not supported")
+        empty = 0  # bytes that gave no content
         while True:
             if not self.encoded and not self.pending:
                 self.encoded = self._read_body()
+                empty += len(self.encoded)
                 if not self.encoded:
                     if not self.decoder or self.decoder.eof:
                         return b""
                     if self.ends_with_connection:
                         raise http.client.IncompleteRead(b"")
-                    raise self.error(status, text + "which is cut off")
+                    raise self._coding_error("is cut off")
             if not self.decoder or self.decoder.eof:  # a further member follows
                 self.decoder = zlib.decompressobj(15 if self.coding == "deflate" else 31)
             try:
                 content: bytes = self.decoder.decompress(self.encoded, 65536)
             except zlib.error as error:
-                raise self.error(status, text + "which is broken") from error
+                raise self._coding_error("is broken") from error
             self.encoded = self.decoder.unconsumed_tail or self.decoder.unused_data
             self.pending = len(content) == 65536 and not self.decoder.eof
             if content:
                 return content
+            if empty > 2**17:
+                raise self._coding_error("has no content")
+
+    def _coding_error(self, problem: str) -> ModuleException:
+        status = self.status if self.status >= 400 else 500
+        return self.error(status, f"the Content-Encoding {self.coding:.60} {problem}")
 
     def _read_body(self) -> bytes:
         """The part of the body that has arrived."""
@@ -1597,12 +1623,11 @@ class _Response(http.client.HTTPResponse):
             self.connection.close()
 
 
-def _open_socket(host: str, port: int, public_only: bool, seconds: float) -> socket.socket:
+def _open_socket(host: str, port: int, public_only: bool, deadline: float) -> socket.socket:
     """A socket connected to the first address of the host that accepts the connection."""
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     if public_only:
         _require_public(host, addresses)
-    deadline = time.monotonic() + seconds
     while addresses:
         family, kind, protocol, _, address = addresses.pop(0)
         sock = None
@@ -1644,12 +1669,13 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         host, port = (self.proxy or (self.url.dns_name, self.port))[:2]
-        seconds = min(_CONNECT_TIMEOUT, self.timeout or _CONNECT_TIMEOUT)
-        self.sock = _open_socket(host, port, self.public_only, seconds)
-        self.sock.settimeout(seconds)
+        deadline = time.monotonic() + min(_CONNECT_TIMEOUT, self.timeout or _CONNECT_TIMEOUT)
+        self.sock = _open_socket(host, port, self.public_only, deadline)
         if self.context:
             if self.proxy:
+                self.sock.settimeout(max(0.1, deadline - time.monotonic()))
                 self._open_tunnel(self.proxy.authorization)
+            self.sock.settimeout(max(0.1, deadline - time.monotonic()))
             self.sock = self.context.wrap_socket(
                 self.sock, server_hostname=self.host, do_handshake_on_connect=False
             )
@@ -1663,7 +1689,7 @@ class _Connection(http.client.HTTPConnection):
         head = f"CONNECT {host}:{self.port} HTTP/1.1\r\nHost: {host}:{self.port}\r\n"
         head += f"Proxy-Authorization: {authorization}\r\n" if authorization else ""
         self.sock.sendall(f"{head}\r\n".encode("latin-1"))
-        # the response cannot read ahead into the tunnel: in TLS the client speaks first
+        # its buffer takes nothing of the server behind the proxy: in TLS the client speaks first
         with _Response(self.sock, method="CONNECT") as response:
             response.begin()
             # the standard reason: the proxy's own may repeat the password
@@ -1675,7 +1701,7 @@ class _Connection(http.client.HTTPConnection):
                 raise http.client.HTTPException(text)
 
     def is_usable(self) -> bool:
-        """Whether it is recent, of this process and still open: a closed one is readable."""
+        """Whether it is recent, of this process, and still open: a closed one is readable."""
         fresh = 0 <= time.time() - self.released_at < _MAX_IDLE_SECONDS
         if fresh and self.process == os.getpid():
             try:
@@ -1711,7 +1737,7 @@ class _Transport:
         self.default_context: Optional[ssl.SSLContext] = None
         self.proxies = _find_proxies()
         # No lock: a list's append and remove are atomic, and a lock that another thread holds at
-        # a fork stays locked in the child forever.
+        # a fork stays locked in the child forever; a wait for the turns ends after a second.
         self.idle: list[_Connection] = []
         self.status_turns = threading.Semaphore(_STATUS_LOADS)
         weakref.finalize(self, _close_all, self.idle)
@@ -1743,6 +1769,7 @@ class _Transport:
                 with self.open(request) as response:
                     response.body = response.read_all(_MAX_RESPONSE)
                     self._release(request, response)
+                # an empty 200 without a length is a connection that broke after the head
                 is_empty = response.status == 200 and not response.body
                 if is_empty and response.ends_with_connection and method in ("GET", "POST"):
                     raise http.client.IncompleteRead(b"")
@@ -1778,37 +1805,40 @@ class _Transport:
     def open(self, request: _Request) -> _Response:
         """The response to a request, after its redirects."""
         for _ in range(_MAX_REDIRECTS + 1):
-            started, outcome = time.monotonic(), "an error"
-            try:
+            with self._logged(request):
                 response = request.response = self._exchange(request)
-                outcome = str(response.status)
-            except _REQUEST_ERRORS as error:
-                outcome = type(error).__name__
-                raise
-            finally:
-                self._log(request, outcome, time.monotonic() - started)
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
             request.url = self._redirect_url(request, response)
         raise response.error(response.status, f"redirected more than {_MAX_REDIRECTS} times")
 
-    def _log(self, request: _Request, outcome: str, seconds: float) -> None:
-        if "logging" in sys.modules:  # else nobody can have enabled DEBUG
-            import logging  # waits for a thread that is still importing it
+    @contextlib.contextmanager
+    def _logged(self, request: _Request) -> Iterator[None]:
+        """Log a request and its outcome, if DEBUG is enabled."""
+        started, outcome = time.monotonic(), "an error"
+        try:
+            yield
+            outcome = str(request.response and request.response.status)
+        except _REQUEST_ERRORS as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            if "logging" in sys.modules:  # else nobody can have enabled DEBUG
+                import logging  # blocks while another thread is importing it
 
-            logger = logging.getLogger(__name__)
-            if logger.isEnabledFor(logging.DEBUG):
-                url = self.redact_key(str(request.url).partition("?")[0])
-                logger.debug("%s %s: %s, %.0f ms", request.method, url, outcome, seconds * 1000)
+                logger, seconds = logging.getLogger(__name__), time.monotonic() - started
+                if logger.isEnabledFor(logging.DEBUG):
+                    url = self.redact_key(str(request.url).partition("?")[0])
+                    logger.debug("%s %s: %s, %.0f ms", request.method, url, outcome, seconds * 1000)
 
     def _redirect_url(self, request: _Request, response: _Response) -> _URL:
-        """The target of a redirect: of a GET alone, and only for files off the origin."""
+        """The target of a redirect. Only a GET is redirected, and only a file to another origin."""
         location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
-        location = urllib.parse.quote(location, safe="/%!$&'()*+,;=:@~?#[]")
+        location = urllib.parse.quote(location, safe=f"{_URL_CHARACTERS}#[]")
         url = _parse_url(urllib.parse.urljoin(str(request.url), location), "a redirect")
         if not request.untrusted and (request.method != "GET" or request.url[:3] != url[:3]):
-            text = f"{request.url.netloc} redirects {request.method}: check XPANDER_BASE_URL"
+            text = f"{request.method} was redirected to {url.netloc}: check XPANDER_BASE_URL"
             raise response.error(response.status, text)
         return url
 
@@ -1818,11 +1848,14 @@ class _Transport:
         trusted = not request.untrusted or request.url.host in self.trusted_hosts
         if proxy and not trusted:  # the proxy resolves names; literal addresses can be checked
             _check_host(request.url, socket.AI_NUMERICHOST)
-        if idle := self._checkout(request, proxy):
+        if connection := self._checkout(request, proxy):
             request.sent = True
-            with contextlib.suppress(ConnectionError, ssl.SSLEOFError):  # closed while it was idle
-                return self._send(idle, request)
-            request.sent, request.resent = False, True
+            try:
+                return self._send(connection, request)
+            except (ConnectionError, ssl.SSLEOFError):  # it was closed while it was idle
+                request.sent, request.resent = False, True
+        if _is_cancelled():
+            raise ConnectionAbortedError("the call was cancelled")
         context = self._tls_context(request.url, trusted)
         connection = _Connection(request, proxy, context, not (proxy or trusted))
         try:
@@ -1842,13 +1875,13 @@ class _Transport:
         return None if proxy_bypass(url.netloc) else _parse_proxy(proxy)
 
     def _tls_context(self, url: _URL, trusted: bool) -> Optional[ssl.SSLContext]:
-        """The configuration's context, or for other hosts one without its client certificate."""
+        """The configuration's context; for untrusted hosts one without its client certificate."""
         if url.scheme == "http":
             return None
         if trusted and self.context:
             return self.context
         if self.default_context is None:
-            context = ssl.create_default_context()  # 20 ms: once, for https alone
+            context = ssl.create_default_context()  # takes 20 ms: once, and only for https
             context.set_alpn_protocols(["http/1.1"])
             self.default_context = context
         return self.default_context
@@ -1857,11 +1890,13 @@ class _Transport:
         """An idle connection for the request; those that are no longer usable are closed."""
         for connection in self.idle[::-1] if request.reuse else ():
             if connection.url[:3] == request.url[:3] and connection.proxy == proxy:
-                with contextlib.suppress(ValueError):  # another thread was faster
+                try:
                     self.idle.remove(connection)
-                    if connection.is_usable():
-                        return connection
-                    connection.close()
+                except ValueError:
+                    continue  # another thread was faster
+                if connection.is_usable():
+                    return connection
+                connection.close()
         return None
 
     def _send(self, connection: _Connection, request: _Request) -> _Response:
@@ -1895,11 +1930,11 @@ class _Transport:
     def _release(self, request: _Request, response: _Response) -> None:
         """Return the connection of a response to the idle ones, if its body was read to its end."""
         connection = response.connection
-        # http.client has taken the socket of a connection that is to be closed
+        # without a socket if the server closes the connection
         reusable = request.reuse and response.reusable and connection and connection.sock
         if connection and reusable and len(self.idle) < _MAX_IDLE_CONNECTIONS:
             if scope := _current_scope.get():
-                scope.sock = None  # or cancelling ends the next call that takes it
+                scope.sock = None  # or a late cancel() would end the next call that takes it
             response.connection = None
             response.close()
             connection.released_at = time.time()
@@ -1916,15 +1951,16 @@ class _Transport:
         except (ValueError, RecursionError) as error:
             value, invalid = None, error
         kind = response.headers.get("Content-Type", "").lower()
-        is_html = "html" in kind or body.lstrip()[:1] == b"<"
+        is_html = bool(invalid) and ("html" in kind or body.lstrip()[:1] == b"<")
         if not 200 <= status < 300:
             plain = body[:65536].decode("utf-8", "replace") if invalid and not is_html else ""
             text = _describe(value) or " ".join(self.redact_key(plain).split())[:200]
             text = text or http.client.responses.get(status, "Unknown status")
             raise response.error(status, _redact(text), value)
         if invalid:
-            what = "HTML" if is_html else "a body"
-            raise response.error(500, f"{host} sent {what} that is not JSON") from invalid
+            content = "HTML" if is_html else "a body"
+            text = f"{host} sent {content} that is not JSON: {invalid}"
+            raise response.error(500, text) from invalid
         return value
 
     def connection_error(self, request: _Request, error: Exception) -> ModuleException:
@@ -1941,17 +1977,15 @@ class _Transport:
             reason = "no response in time; see Configuration(timeout=...)"
         elif isinstance(error, http.client.IncompleteRead):
             reason = "the response was cut off"
-        elif isinstance(error, OSError) and error.filename:
-            reason = f"{error.strerror}: {error.filename}"
-        reason = " ".join(reason.split())[:300]
-        text = f"No response from {request.url.netloc}: {reason}"
-        headers = request.response.error(500, "").headers if request.response else None
+        elif file := getattr(error, "filename", None):  # of the TLS settings
+            reason = f"{reason}: {file}"
+        text = f"The request to {request.url.netloc} failed: {' '.join(reason.split())[:300]}"
+        headers = request.response.header_values() if request.response else None
         failure = ModuleException(500, text, None, False, headers)
-        final = (ssl.SSLCertVerificationError, _URLRejected)
-        from_proxy = (http.client.BadStatusLine, http.client.IncompleteRead)
-        connecting = isinstance(error, (OSError, *from_proxy))
-        useless = isinstance(error, final) or getattr(error, "filename", None)
-        failure._sent = bool(request.sent or useless or not connecting)
+        connecting = (OSError, http.client.BadStatusLine, http.client.IncompleteRead)
+        if not request.sent and isinstance(error, connecting):
+            final = isinstance(error, (ssl.SSLCertVerificationError, _URLRejected))
+            failure._retriable = not (final or getattr(error, "filename", None))
         return failure
 
 
@@ -1966,20 +2000,21 @@ def _describe(value: Any, depth: int = 2) -> str:
     """The message in the JSON of an error, as the platform and proxies write it; "" if none."""
     if isinstance(value, str):
         return value.strip()
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):  # of a 422
-        return "; ".join(
-            f"{_join(item.get('loc'))}: {item.get('msg', 'invalid')}" for item in value
-        )
-    names = ("detail", "message", "error") if isinstance(value, dict) and depth else ()
+    if isinstance(value, list):
+        items = (_describe(item, depth) for item in value if not isinstance(item, list))
+        return "; ".join(filter(None, items))
+    if not isinstance(value, dict):
+        return ""
+    if "msg" in value:  # of a 422: where, and what is wrong
+        path = value.get("loc")
+        where = map(str, path if isinstance(path, list) else [path or "?"])
+        return f"{'.'.join(where)}: {value['msg']}"
+    names = ("detail", "message", "error") if depth else ()
     return next(filter(None, (_describe(value.get(name), depth - 1) for name in names)), "")
 
 
-def _join(path: Any) -> str:
-    return ".".join(map(str, path)) if isinstance(path, list) else str(path)
-
-
 def _parse_retry_after(value: str) -> Optional[float]:
-    """The seconds of a Retry-After, also if it is a date (RFC 9110, section 10.2.3)."""
+    """The seconds of a Retry-After, which is a number or a date (RFC 9110, section 10.2.3)."""
     if re.fullmatch("[0-9]+", value.strip()):
         return float(value)  # infinity for hundreds of digits
     from email.utils import parsedate_to_datetime
@@ -2020,7 +2055,7 @@ class _Parser:
     def __init__(self, last_id: str = "", retry: Optional[int] = None) -> None:
         self.last_id, self.retry = last_id, retry
         self._bom = b"\xef\xbb\xbf"  # removed once, at the start of the stream
-        self._pending, self._size = bytearray(), 0  # an incomplete event, and its bytes so far
+        self._pending, self._size = bytearray(), 0  # an incomplete event, and its bytes as received
         self._ended_with_cr = False  # an LF that follows belongs to the CR
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
@@ -2032,8 +2067,7 @@ class _Parser:
             if chunk:
                 self._ended_with_cr = chunk.endswith(b"\r")
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-            blank = chunk[:1] == b"\n" == self._pending[-1:]
-            if blank or b"\n\n" in chunk:
+            if b"\n\n" in chunk or (chunk[:1] == b"\n" and self._pending[-1:] == b"\n"):
                 complete, _, chunk = b"".join([self._pending, chunk]).rpartition(b"\n\n")
                 complete = complete.removeprefix(self._bom)
                 self._pending, self._size, self._bom = bytearray(), 0, b""
@@ -2044,13 +2078,14 @@ class _Parser:
 
     def _events(self, complete: bytes) -> Iterator[ServerSentEvent]:
         sizes = map(len, complete.split(b"\n\n") if len(complete) > _MAX_EVENT else ())
-        fitting = next((number for number, size in enumerate(sizes) if size > _MAX_EVENT), None)
-        for block in complete.decode("utf-8", "replace").split("\n\n")[:fitting]:
-            if block.startswith("data: ") and "\n" not in block:  # usual, and twice as fast
+        too_large = [number for number, size in enumerate(sizes) if size > _MAX_EVENT]
+        end = too_large[0] if too_large else None
+        for block in complete.decode("utf-8", "replace").split("\n\n")[:end]:
+            if block.startswith("data: ") and "\n" not in block:  # usual: twice as fast
                 yield ServerSentEvent("message", block[6:], self.last_id, self.retry)
             elif event := self._event(block):
                 yield event
-        if fitting is not None or self._size > _MAX_EVENT:
+        if too_large or self._size > _MAX_EVENT:
             raise ValueError(f"an event of more than {_MAX_EVENT // 2**20} MiB")
 
     def _event(self, block: str) -> Optional[ServerSentEvent]:
@@ -2064,7 +2099,7 @@ class _Parser:
                 kind = value or "message"
             elif name == "id" and "\0" not in value:
                 self.last_id = value
-            elif name == "retry" and re.fullmatch("[0-9]{1,4000}", value):
+            elif name == "retry" and re.fullmatch("[0-9]{1,4000}", value):  # int() takes 4300
                 self.retry = int(value)
         return ServerSentEvent(kind, "\n".join(data), self.last_id, self.retry) if data else None
 
@@ -2109,8 +2144,13 @@ class TaskUpdateEvent(_Record):
         required: Mapping[str, Any] = {},
         configuration: Optional[Configuration] = None,
     ) -> TaskUpdateEvent:
-        """The event of an envelope; `required` completes a task that lacks required fields."""
-        kind, body = data["type"], data.get("data")
+        """The event of an envelope; ValueError if that has no string `type`.
+
+        `required` completes a task that lacks required fields.
+        """
+        kind, body = data.get("type"), data.get("data")
+        if not isinstance(kind, str):
+            raise ValueError("an event must have a string as its type")
         task_id, record = data.get("task_id") or required.get("id"), _EVENT_RECORDS.get(kind)
         if record and isinstance(body, dict):
             if record is Task:
@@ -2136,7 +2176,7 @@ class TaskUpdateEvent(_Record):
 
 
 class _Stream:
-    """The reading of a task's events, over all its connections."""
+    """Reads the events of a task, over as many connections as needed."""
 
     def __init__(self, task: Task) -> None:
         if not task.events_streaming:
@@ -2149,7 +2189,7 @@ class _Stream:
         items, self.task_id = task._items(), task.id
         self.required = _to_json({name: items[name] for name in _REQUIRED if name in items})
         self.seen: deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of the data of events
-        self.replayed: set[int] = set()  # those that may come again on this connection
+        self.replayed: set[int] = set()  # those that may be repeated on this connection
         self.connected_seen = self.finished = False
         self.silence_limit = float("inf")
 
@@ -2158,7 +2198,7 @@ class _Stream:
         try:
             if self.task.is_finished:
                 self.silence_limit = _FINAL_SILENCE
-            while not self.finished:
+            while not (self.finished or self.scope.cancelled.is_set()):
                 yield from self._connection()
         except Exception:
             if not self.scope.cancelled.is_set():
@@ -2170,13 +2210,13 @@ class _Stream:
         if response:
             with response:
                 yield from self._read(response)
-        if self.finished:
+        if self.finished or self.scope.cancelled.is_set():
             return
         # The end of a connection proves nothing, however clean it looks: the status does.
         # Few at a time: 200 streams that end together would hold up other events for 90 ms
         has_turn = self.transport.status_turns.acquire(timeout=1.0)
         try:
-            task = Task.load(self.task_id, self.configuration)
+            task = self.transport.retry(self._load, _RETRY_STREAM, self._pause())
         finally:
             if has_turn:
                 self.transport.status_turns.release()
@@ -2188,16 +2228,20 @@ class _Stream:
         else:
             _wait(self._pause())
 
+    def _load(self, failures: int) -> Task:
+        return Task.load(self.task_id, self.configuration)
+
     def _pause(self) -> float:
-        """Seconds between two connections."""
-        return min(max(500 if self.parser.retry is None else self.parser.retry, 100), 30_000) / 1000
+        """The seconds between two connections: the server's `retry`, from 0.1 to 30."""
+        milliseconds = 500 if self.parser.retry is None else self.parser.retry
+        return min(max(milliseconds, 100), 30_000) / 1000
 
     def _connect(self, failures: int) -> Optional[_Response]:
-        """A 2xx response; None where it broke or timed out after the request was sent."""
+        """A 2xx response; None if the connection broke or timed out after the request was sent."""
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         last_id = self.parser.last_id.encode()  # in UTF-8, by the standard
-        if re.fullmatch(rb"[^\0-\x1f\x7f]{1,1024}", last_id):
-            headers["Last-Event-ID"] = last_id.decode("latin-1")  # http.client encodes it so again
+        if re.fullmatch(rb"[^\0-\x1f\x7f]{1,4096}", last_id):
+            headers["Last-Event-ID"] = last_id.decode("latin-1")  # http.client encodes it back
         timeout = min(self.configuration.idle_timeout, self.silence_limit)
         url = self.configuration._events_url(self.task)
         request = self.transport.request("GET", url, headers, timeout=timeout)
@@ -2219,11 +2263,10 @@ class _Stream:
         headers, status = response.headers, response.status
         kind = headers.get_content_type() if "Content-Type" in headers else "no Content-Type"
         if status != 204 and (status, kind) != (200, "text/event-stream"):
-            cut_off = response.ends_with_connection  # and no body comes
-            with contextlib.suppress(*_REQUEST_ERRORS):
-                cut_off = cut_off and not response.read_some()
-            if cut_off:
-                return
+            if "Content-Type" not in headers and response.ends_with_connection:
+                with contextlib.suppress(*_REQUEST_ERRORS):
+                    if not response.read_some():
+                        return  # the connection broke after the head
             text = f"The stream's response is {status} {kind}, not 200 text/event-stream"
             raise response.error(500, text)
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
@@ -2235,8 +2278,9 @@ class _Stream:
                 try:
                     for message in self.parser.feed(chunk):
                         event = self._deduplicate(message, response)
-                        batch += [event] if event else []
-                        if event and isinstance(event.data, Task):  # it may have a large input
+                        if event:
+                            batch.append(event)
+                        if event and isinstance(event.data, Task):  # many may need much memory
                             yield batch
                             batch, last_event_at = [], time.monotonic()
                 except (ValueError, ModuleException):
@@ -2249,21 +2293,23 @@ class _Stream:
                 if self.finished or time.monotonic() - last_event_at > self.silence_limit:
                     return  # comments do not count as events
         except (OSError, http.client.HTTPException):
-            pass  # cut off, or silent for too long
+            pass  # cut off, or silent for too long: the status tells how to go on
         except ValueError as error:
             raise response.error(500, f"The stream sent {error}") from error
 
     def _deduplicate(
         self, message: ServerSentEvent, response: _Response
     ) -> Optional[TaskUpdateEvent]:
-        """The event of a message; None if it came before, on an earlier connection, or is none."""
+        """The event of a message; None if it is a repetition after a reconnect, or not an event."""
         digest = hash(message.data)
         if digest in self.replayed or self.finished:
             return None
         event = self._parse(message, response)
-        if event is None or (event.type == "connected" and self.connected_seen):
-            return None  # every connection starts with one
-        if event.type == "connected":
+        if event is None:
+            return None
+        if event.type == "connected":  # every connection starts with one
+            if self.connected_seen:
+                return None
             self.connected_seen = True
         else:
             self.replayed.clear()
@@ -2272,15 +2318,14 @@ class _Stream:
         return event
 
     def _parse(self, message: ServerSentEvent, response: _Response) -> Optional[TaskUpdateEvent]:
-        data = message.data.strip(" \t\n\r")
-        try:
-            value, end = _decode_json(data)
-            if end < len(data):
-                value = data
-        except (ValueError, RecursionError):
-            value = data
-        if isinstance(value, dict) and isinstance(value.get("type"), str):
-            return TaskUpdateEvent.from_dict(value, self.required, self.configuration)
+        """The event of a message; a warning if it is not one."""
+        value: Any = message.data.strip(" \t\n\r")
+        with contextlib.suppress(ValueError, RecursionError):
+            parsed, end = _decode_json(value)
+            if end == len(value):
+                value = parsed
+            if isinstance(value, dict):
+                return TaskUpdateEvent.from_dict(value, self.required, self.configuration)
         reason = _redact(_describe(value)) if message.event == "error" else ""
         value = _redact(value)
         text = reason or (value if isinstance(value, str) else _encode(value))
@@ -2309,7 +2354,10 @@ class _Stream:
         return event
 
     def pump(self, put: Callable[[Any], object], slots: threading.Semaphore) -> None:
-        """Pass the batches to an event loop, from a thread; the last item is None or an error."""
+        """Pass the batches to an event loop, from a thread; the last item is None or an error.
+
+        `put` may be called from any thread; `slots` counts the batches that may still be queued.
+        """
         last: Optional[BaseException] = None
         _current_scope.set(self.scope)
         try:
@@ -2338,6 +2386,7 @@ class _Events(Iterator[TaskUpdateEvent]):
     def __next__(self) -> TaskUpdateEvent:
         if self._scope.cancelled.is_set():
             raise StopIteration
+        # in a context of its own: the scope is not that of what the consumer does in between
         return self._context.run(next, self._events)
 
     def close(self) -> None:
@@ -2354,59 +2403,55 @@ class _Events(Iterator[TaskUpdateEvent]):
 
 
 class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
-    """The async iterator. `aclose()`, from any task of the loop, ends it and its connection."""
+    """The async iterator. `aclose()`, from any coroutine, ends it and its connection."""
 
     def __init__(self, stream: _Stream) -> None:
         self._stream, self._scope = stream, stream.scope
         self._batch: Iterator[TaskUpdateEvent] = iter(())
-        self._slots = threading.Semaphore(_PUMP_SLOTS - 1)
-        self._queue: Any = None  # of batches, in the event loop that asks for the first event
+        self._slots = threading.Semaphore(_PUMP_SLOTS - 1)  # the pump takes one after it has put
+        self._queue: Any = None  # of batches; made in the event loop of the first `__anext__`
         self._put: Callable[[Any], object] = lambda item: None  # into the queue, from any thread
-        self._thread: Optional[threading.Thread] = None
 
     async def __anext__(self) -> TaskUpdateEvent:
         for event in self._batch:
             return event
         if self._scope.cancelled.is_set():
             raise StopAsyncIteration
-        if self._thread is None:
+        if self._queue is None:
             self._start()
         try:
-            batch = await self._queue.get()
+            item = await self._queue.get()
             self._slots.release()
-            if isinstance(batch, list):
-                self._batch = iter(batch)
+            if isinstance(item, list):
+                self._batch = iter(item)
                 return next(self._batch)
-            raise batch or StopAsyncIteration
+            raise item or StopAsyncIteration
         except BaseException:
-            await self.aclose()  # it also wakes other tasks that wait
+            await self.aclose()  # it also wakes other coroutines that wait
             raise
         finally:
-            batch = None  # an error, whose traceback refers to this frame: a reference cycle
+            item = None  # an error, whose traceback refers to this frame: a reference cycle
 
     def _start(self) -> None:
         import asyncio
 
-        self._queue = asyncio.Queue()
+        queue: Any = asyncio.Queue()
         call_soon = asyncio.get_running_loop().call_soon_threadsafe
-        self._put = functools.partial(call_soon, self._queue.put_nowait)
+        put = functools.partial(call_soon, queue.put_nowait)
         pump = self._stream.pump
-        thread = threading.Thread(target=pump, args=(self._put, self._slots), daemon=True)
-        thread.start()
-        self._thread = thread
+        threading.Thread(target=pump, args=(put, self._slots), daemon=True).start()
+        self._queue, self._put = queue, put
 
     def _cancel(self) -> None:
         self._scope.cancel()
         self._batch = iter(())
         self._slots.release()
-        if self._thread and self._thread is not threading.current_thread():  # in __del__ it may be
-            self._thread.join(0.005)  # nearly always enough, except during a look-up of a name
 
     async def aclose(self) -> None:
         """Leave the stream. It may be called again."""
         self._cancel()
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._put(None)  # for a task that waits
+            self._put(None)  # for a coroutine that waits
 
     async def __aenter__(self) -> _AsyncEvents:
         return self
@@ -2439,12 +2484,12 @@ _MIME_KINDS = {
 }
 # not public, although `is_global` is True for them on some versions of Python
 _NOT_PUBLIC = (
-    "192.0.0.0/24",  # IETF protocol assignments, RFC 6890, section 2.2.2; metadata of one cloud
-    "168.63.129.16/32",  # metadata of another cloud
+    "192.0.0.0/24",  # IETF protocol assignments, RFC 6890, 2.2.2; Oracle Cloud's metadata service
+    "168.63.129.16/32",  # Azure's metadata service
     "2001::/23",  # IETF protocol assignments, RFC 2928
     "3fff::/20",  # documentation, RFC 9637
 )
-# text encodings; Python has other codecs, too: zip, rot13, unicode_escape
+# encodings of text; Python has others, too: unicode_escape, and punycode, which is quadratic
 _CHARSET = re.compile(
     r"(?i)utf.*|u8|(us-)?ascii|(iso[-_]?)?8859.*|iso-ir.*|latin[-_]?\d|windows.*|cp\d+|koi8.*"
     r"|gb.*|hz.*|big5.*|shift.*|s?jis.*|euc.*|iso[-_]?2022.*|ks_c.*|tis.?620"
@@ -2473,8 +2518,8 @@ def _file_kind(attachment: Mapping[str, Any]) -> str:
 
 def _extension(url: str) -> str:
     """The extension of the URL's path, in lower case; "" if it has none."""
-    start, scheme, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
-    return os.path.splitext(rest.partition("/")[2] if scheme else start)[1].lower()
+    before, separator, after = re.split("[?#]", url, maxsplit=1)[0].partition("://")
+    return os.path.splitext(after.partition("/")[2] if separator else before)[1].lower()
 
 
 def _require_public(host: str, addresses: Iterable[tuple[Any, ...]]) -> None:
@@ -2500,21 +2545,27 @@ def _check_host(url: _URL, flags: int = 0) -> None:
     """Reject a URL whose host has an address that is not public."""
     is_local = f".{url.host}".endswith(".localhost")  # RFC 6761, section 6.3
     name = "127.0.0.1" if is_local else url.host
-    with contextlib.suppress(socket.gaierror):  # it has no address here
+    with contextlib.suppress(socket.gaierror):  # no address: there is nothing to reject
         _require_public(url.host, socket.getaddrinfo(name, None, flags=flags))
 
 
-def _is_allowed(configuration: Configuration, url: str) -> bool:
-    """Whether agno may fetch the URL by the rules of this file; a warning says why not."""
+def _is_allowed(configuration: Configuration, url: str, deadline: float) -> bool:
+    """Whether agno may fetch the URL by the same rules; a warning says why not."""
     try:
+        if time.monotonic() > deadline or _is_cancelled():
+            raise _URLRejected("there was no time left to check it")
         parsed = _parse_url(url)
         if parsed.host not in configuration.trusted_file_hosts:
             _check_host(parsed)
         return True
     except ValueError as error:
-        reason = error if isinstance(error, _URLRejected) else "its URL is not valid"
-        _warn("a file was left out: %s", reason)
+        _warn_of_refusal(url, error)
         return False
+
+
+def _warn_of_refusal(url: str, error: Exception) -> None:
+    reason = error if isinstance(error, _URLRejected) else "it is not valid"
+    _warn("the URL of a file was refused: %a: %s", _redact(url)[:200], reason)
 
 
 def _fetch_files(configuration: Configuration, urls: list[str]) -> list[_Fetched]:
@@ -2540,7 +2591,7 @@ def _fetch_files(configuration: Configuration, urls: list[str]) -> list[_Fetched
         for scope in scopes:
             scope.cancel()
     for thread in threads:
-        thread.join(0.1)  # one that looks up a name ends after that
+        thread.join(0.1)  # one that is looking up a name ends later by itself
     return list(downloads.results)
 
 
@@ -2559,10 +2610,10 @@ class _Downloads:
                 number, url = self.queue.popleft()
                 try:
                     self.results[number] = self.fetch(number, url)
-                except Exception as error:  # whatever a file causes concerns that file alone
+                except Exception as error:  # of whatever kind: the other files are not affected
                     self.results[number], self.sizes[number] = error, 0
                     if isinstance(error, _URLRejected):
-                        _warn("a file was left out: %s", error)
+                        _warn_of_refusal(url, error)
 
     def fetch(self, number: int, url: str) -> tuple[bytes, Optional[str]]:
         """The content and its charset."""
@@ -2575,7 +2626,7 @@ class _Downloads:
             for part in iter(response.read_some, b""):
                 content += part
                 self.count(number, len(content))
-            if _is_cancelled():  # that looks like the end of a file without a length
+            if _is_cancelled():  # which looks like the end of a response without a length
                 raise http.client.IncompleteRead(b"")
             kind = response.headers.get("Content-Type", "")
             charset = re.search(r'(?i);\s*charset\s*=[\s"]*([^\s;"]{1,40})', kind)
@@ -2587,7 +2638,7 @@ class _Downloads:
             self.sizes[number] = size
             if size > _MAX_FILE or sum(self.sizes) > _MAX_FILES:
                 self.sizes[number] = 0
-                raise ModuleException(413, "the file is too large")
+                raise ModuleException(413, "the file is too large: over 10 MiB, or 32 MiB in all")
 
 
 def _decode_file(fetched: _Fetched) -> str:
@@ -2606,13 +2657,16 @@ def _decode_file(fetched: _Fetched) -> str:
     return content.decode("utf-8", "replace")
 
 
-def _agno_pdf(configuration: Configuration, file_class: Any, url: str, fetched: _Fetched) -> Any:
+def _agno_pdf(
+    configuration: Configuration, file_class: Any, url: str, fetched: _Fetched, deadline: float
+) -> Any:
     """agno's File with the bytes; without bytes, one with the URL, if agno may fetch that."""
     if isinstance(fetched, Exception) or not fetched[0]:
-        rejected = isinstance(fetched, _URLRejected)  # `run` has warned already
-        return file_class(url=url) if not rejected and _is_allowed(configuration, url) else None
+        if isinstance(fetched, _URLRejected) or not _is_allowed(configuration, url, deadline):
+            return None  # with a warning
+        return file_class(url=url)
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
-    name = re.sub(r"[^\w. ()+,-]", "_", name)[-255:]
+    name = re.sub(r"[^\w. ()+,-]", "_", name)[-255:].strip(". ") or "file.pdf"
     return file_class(content=fetched[0], filename=name, mime_type="application/pdf")
 
 
