@@ -1180,13 +1180,17 @@ class Task(_SentRecord):
 
     def _update(self, newer: Task, before: Optional[_Object] = None) -> Task:
         """Take the state of `newer`, except what the caller changed since the state `before`."""
+        seen = dict(self.__dict__)
         for name in _changed(before, self.to_dict()) if before is not None else ():
             if name in self._schema().defaults:
                 newer.__dict__[name] = self.__dict__[name]
             elif name in self.extra:
                 newer.extra[name] = self.extra[name]
         newer._configuration = self._configuration
-        self.__dict__.update(newer.__dict__)
+        # `asave` runs in a thread: the caller may have set more while this compared
+        items = list(self.__dict__.items())
+        later = {name: value for name, value in items if value is not seen.get(name)}
+        self.__dict__.update({**newer.__dict__, **later})
         return self
 
     def _pauses(self, timeout: Optional[float], or_paused: bool) -> Iterator[float]:
@@ -1638,7 +1642,6 @@ def _open_socket(host: str, port: int, public_only: bool, deadline: float) -> so
             sock.connect(address)
             _attach(sock)  # a connect that was cancelled meanwhile looks like success
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             return sock
         except BaseException as error:
             if sock:
@@ -1930,9 +1933,9 @@ class _Transport:
     def _release(self, request: _Request, response: _Response) -> None:
         """Return the connection of a response to the idle ones, if its body was read to its end."""
         connection = response.connection
-        # without a socket if the server closes the connection
-        reusable = request.reuse and response.reusable and connection and connection.sock
-        if connection and reusable and len(self.idle) < _MAX_IDLE_CONNECTIONS:
+        if not (connection and connection.sock and request.reuse and response.reusable):
+            return  # without a socket if the server closes it
+        if len(self.idle) < _MAX_IDLE_CONNECTIONS:
             if scope := _current_scope.get():
                 scope.sock = None  # or a late cancel() would end the next call that takes it
             response.connection = None
