@@ -4251,18 +4251,23 @@ def test_compressed_events_arrive_as_they_are_flushed(coding, wbits):
 
 
 BOMBS = """
-import resource, sys, xtask
+import os, re, resource, sys, xtask
+
+def peak():  # in KiB; the first is the process's own, the second may be that of its parent
+    if os.path.exists("/proc/self/status"):
+        return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
 trusted = {"trusted_file_hosts": ["127.0.0.1"]}
 config = xtask.Configuration("key", "org", sys.argv[1], max_retries=0, **trusted)
 task = xtask.Task.load("t-1", config)
 for call in task.reload, lambda: list(task.events()), task.get_human_readable_files:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     try:
         print(call()[0]["content"])
     except xtask.ModuleException as error:
         print(error)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 100e3 * (1024 if sys.platform == "darwin" else 1), grown
+    assert peak() - before < 300e3, peak() - before
 """
 
 
@@ -4274,7 +4279,7 @@ def test_a_bomb_is_an_error_and_does_not_fill_the_memory():
         for _ in range(2):  # the second part may follow any number of times
             part = compressor.compress(b"x" * MIB) + compressor.flush(zlib.Z_FULL_FLUSH)
             connection.send(part)
-        for _ in range(300):
+        for _ in range(900):
             connection.send(part)
         connection.wait_closed()
 
@@ -4797,7 +4802,7 @@ def web(monkeypatch):
 class AgnoMedium:
     """What agno's media classes have in common: fields, and a source that must not be empty."""
 
-    url = content = filename = mime_type = None
+    url = content = filename = name = format = mime_type = None
 
     def __init__(self, **fields):
         assert fields.get("url") or fields.get("content")
@@ -5212,9 +5217,9 @@ def test_slow_files_cost_one_timeout_and_what_came_in_time_is_kept():
     pages = {"/first.txt": b"good", **{f"/{n}.txt": (trickle, file_stuck)[n % 2] for n in range(8)}}
     with file_server({**pages, "/last.txt": b"too late"}) as server:
         began = time.monotonic()
-        first, *slow = contents(server.url, *pages, "/last.txt", timeout=0.5)
+        first, *slow = contents(server.url, *pages, "/last.txt", timeout=1)
         assert first == "good" and [is_error(content) for content in slow] == [True] * 9
-        assert time.monotonic() - began < 3 and server.connections == 9
+        assert time.monotonic() - began < 4 and server.connections == 9
         for thread in server.threads[1:]:
             thread.join(5)
             assert not thread.is_alive()  # its connection was closed
@@ -5356,6 +5361,7 @@ def test_agno_gets_a_pdf_with_its_bytes_or_else_its_url(path, page, content, nam
         (file,) = with_files("get_files", server.url, path)
     assert type(file) is agno.File
     assert (file.content, file.filename, file.url) == (content, name, url and server.url + path)
+    assert (file.name, file.format) == (name, name and "pdf")
     assert file.mime_type == (content and "application/pdf")
 
 

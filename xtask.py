@@ -2377,12 +2377,19 @@ class _Stream:
         last = None  # its traceback refers to this frame: a reference cycle
 
 
+def _close_stream(scope: _CancelScope, batches: Generator[Any, None, None]) -> None:
+    scope.cancel()
+    with contextlib.suppress(ValueError):  # another thread is in it, and was woken up
+        batches.close()
+
+
 class _Events(Iterator[TaskUpdateEvent]):
     """An iterator over a task's events. `close()`, from any thread, ends it and its connection."""
 
     def __init__(self, stream: _Stream) -> None:
-        self._scope, self._batches = stream.scope, stream.batches()
-        self._events = itertools.chain.from_iterable(self._batches)
+        self._scope, batches = stream.scope, stream.batches()
+        self._events = itertools.chain.from_iterable(batches)
+        self._close = weakref.finalize(self, _close_stream, stream.scope, batches)
         self._context = contextvars.copy_context()
         self._context.run(_current_scope.set, stream.scope)
 
@@ -2394,9 +2401,7 @@ class _Events(Iterator[TaskUpdateEvent]):
 
     def close(self) -> None:
         """Leave the stream. It may be called again."""
-        self._scope.cancel()
-        with contextlib.suppress(ValueError):  # another thread is in it, and was woken up
-            self._batches.close()
+        self._close()
 
     def __enter__(self) -> _Events:
         return self
@@ -2670,7 +2675,8 @@ def _agno_pdf(
         return file_class(url=url)
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
     name = re.sub(r"[^\w. ()+,-]", "_", name)[-255:].strip(". ") or "file.pdf"
-    return file_class(content=fetched[0], filename=name, mime_type="application/pdf")
+    names = {"filename": name, "name": name, "format": "pdf"}  # the last two: agno 1, and Bedrock
+    return file_class(content=fetched[0], mime_type="application/pdf", **names)
 
 
 # cut here: above is the library, below the local platform and the terminal program ----------------
@@ -2683,7 +2689,7 @@ _AgentRun = Generator[tuple[str, Any], None, Any]  # yields (event type, data), 
 
 
 def _object_at(value: Any, *path: str) -> _Object:
-    """The JSON object at this path of names; an empty one where there is none."""
+    """The JSON object at this path of names, or an empty one."""
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
@@ -2698,7 +2704,7 @@ def _local_agent(task: _Object) -> _AgentRun:
     call["payload"] = {"query": topic}
     yield "tool_call_request", call
     yield "tool_call_result", {**call, "result": {"hits": 3}, "is_error": False}
-    answer = f"A played answer to: {topic}\nIt found three hits, and nothing left this machine."
+    answer = f"A simulated answer to: {topic}\nIt has three hits, and nothing left this machine."
     for word in re.findall(r"\s*\S+", answer):
         time.sleep(0.05)
         yield "chunk", word
@@ -2710,7 +2716,7 @@ def _utc_now() -> str:
 
 
 class _LocalRun:
-    """A task of the local platform as JSON, with its activity log and its events."""
+    """A run of the local platform: its task as JSON, its activity log and its events."""
 
     def __init__(self, agent_id: str, body: _Object, lock: Any) -> None:
         import uuid
@@ -2729,15 +2735,15 @@ class _LocalRun:
             "created_at": now,
             "updated_at": now,
             "parent_execution": parent,
-            "parent_task_id": parent,  # this and the next are for lists and their filters
+            "parent_task_id": parent,  # this and the next one are for lists and their filters
             "user_id": _object_at(user).get("id"),
         }
         self.log = {"id": self.task["id"], "created_at": now, "messages": [], "user": user}
-        self.events: list[bytes] = []  # as they are sent
+        self.events: list[bytes] = []  # in the form in which they are sent
         self.over, self.changed = False, threading.Condition(lock)
 
     def emit(self, kind: str, data: Any, entry: Optional[_Object] = None) -> bool:
-        """Add an event and its entry in the log. After the end of the run: add nothing, False."""
+        """Add an event and its log entry; after the end of the run add nothing and return False."""
         if kind in ("think", "analyze"):
             entry = {"type": kind, **_object_at(data, "payload", "input")}
         elif kind in ("tool_call_result", "sub_agent_trigger", "auth_event"):
@@ -2760,7 +2766,7 @@ class _LocalRun:
             return not self.over
 
     def change(self, changes: _Object, late: bool = False) -> _Object:
-        """Change the task; after its run only if `late`, or to leave `paused`.
+        """Change the task; after the end of its run only if `late`, or to leave `paused`.
 
         The first final status ends the run.
         """
@@ -2775,8 +2781,8 @@ class _LocalRun:
                 self.over = True
             return self.task
 
-    def play(self, agent: Callable[[_Object], _AgentRun]) -> None:
-        """Run the agent to its end, or to its first event after the end of the run."""
+    def execute(self, agent: Callable[[_Object], _AgentRun]) -> None:
+        """Run the agent to its end, or to its first event after the task was stopped."""
         self.emit("task_updated", self.change({"status": "executing", "started_at": _utc_now()}))
         try:
             events = agent(_to_json(self.task))
@@ -2788,11 +2794,11 @@ class _LocalRun:
                 is_text = isinstance(end.value, (str, type(None)))
                 result = end.value if is_text else json.dumps(end.value)
                 self.change({"status": "completed", "result": result})
-        except BaseException as error:  # SystemExit, too, ends this agent alone
+        except BaseException as error:  # also SystemExit, which ends only this agent
             self.change({"status": "failed", "result": str(error) or repr(error)})
 
     def stream(self, seen: int) -> Iterator[bytes]:
-        """The events after the first `seen` ones, as they come, to the end of the run."""
+        """The events after the first `seen` ones, as they are added, to the end of the run."""
         pending = [b"retry: 100\n\n"]
         while pending:
             yield b"".join(pending)
@@ -2804,13 +2810,13 @@ class _LocalRun:
 
 
 class LocalPlatform:
-    """The platform on a free port of 127.0.0.1, in this process: to try things out, and for tests.
+    """A platform on a free port of 127.0.0.1, in this process: to try things out, and for tests.
 
-    It serves while its `with` block lasts. `configuration` and `environ` lead to it, `tasks` maps
-    ids to tasks as JSON, `requests` holds what arrived: (method, path with query, headers with
-    names in lower case, parsed body or None). `agent(task)` is a generator that yields (event type,
-    data) and returns the result, text or JSON; if it raises, the task has failed, with the error
-    as its result.
+    It serves during its `with` block. `configuration` and `environ` lead to it; `tasks` maps ids
+    to tasks as JSON; `requests` lists the requests received: (method, path with query, headers
+    with names in lower case, parsed body or None). `agent(task)` is a generator that yields (event
+    type, data) and returns the result, text or JSON; if it raises, the task is `failed` and the
+    error is its result.
     """
 
     def __init__(self, agent: Optional[Callable[[_Object], _AgentRun]] = None) -> None:
@@ -2821,7 +2827,7 @@ class LocalPlatform:
 
     def __enter__(self) -> LocalPlatform:
         from http.server import BaseHTTPRequestHandler
-        from socketserver import ThreadingTCPServer  # HTTPServer would look the host's name up
+        from socketserver import ThreadingTCPServer  # HTTPServer would look up the host's name
 
         class Handler(BaseHTTPRequestHandler):  # HTTP/1.0: the end of the connection ends a stream
             disable_nagle_algorithm = True
@@ -2830,7 +2836,7 @@ class LocalPlatform:
 
         class Server(ThreadingTCPServer):
             daemon_threads, request_queue_size = True, 512
-            handle_error: Any = lambda *_: None  # a client that left
+            handle_error: Any = lambda *_: None  # the client has left
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -2854,26 +2860,27 @@ class LocalPlatform:
         self.configuration.close()
 
     def _serve(self, handler: Any) -> None:
-        """Answer one request, with JSON or a stream."""
+        """Respond to one request, with JSON or a stream."""
         text = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
             try:
                 body = json.loads(text or "null")
                 self.requests.append((handler.command, handler.path, headers, body))
-                status, answer = self._answer(f"{handler.command} {handler.path}", headers, body)
+                status, content = self._route(f"{handler.command} {handler.path}", headers, body)
             except KeyError:
-                status, answer = 404, {"detail": "Task not found"}
+                status, content = 404, {"detail": "Task not found"}
             except Exception as error:
-                status, answer = 400, {"detail": f"not the JSON that is expected: {error}"}
-            streamed = isinstance(answer, Iterator)
-            chunks = answer if streamed else [json.dumps(answer).encode()]
+                status, content = 400, {"detail": f"unexpected JSON: {error}"}
+            streamed = isinstance(content, Iterator)
+            chunks = content if streamed else [json.dumps(content).encode()]
         handler.send_response(status)
         handler.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
         handler.end_headers()
-        handler.wfile.writelines(chunks)  # each as it comes
+        handler.wfile.writelines(chunks)  # each as soon as it is there
 
-    def _answer(self, request: str, headers: dict[str, str], body: Any) -> tuple[int, Any]:
+    def _route(self, request: str, headers: dict[str, str], body: Any) -> tuple[int, Any]:
+        """The status and the content, JSON or an iterator of bytes, for a request."""
         if headers.get("x-api-key") != "local-key":
             return 401, {"detail": "Invalid API key"}
         route, _, query = request.partition("?")
@@ -2888,22 +2895,22 @@ class LocalPlatform:
             "GET /activity/[^/]+/([^/]+)": lambda id: runs[id].log,
             "GET /[^/]+/agent-execution/([^/]+)/events": lambda id: runs[id].stream(seen),
         }
-        for pattern, answer in routes.items():
+        for pattern, handle in routes.items():
             if found := re.fullmatch(pattern, route):
-                return 200, answer(urllib.parse.unquote(found[1]))
+                return 200, handle(urllib.parse.unquote(found[1]))
         return 404, {"detail": "Not Found"}
 
     def _create(self, agent_id: str, body: _Object) -> _Object:
         run = _LocalRun(agent_id, body, self._lock)
         task, task_id = run.task, run.task["id"]
-        if earlier := self._runs.get(task_id):  # which is continued
+        if earlier := self._runs.get(task_id):  # `id` continues it
             earlier.change({"status": "stopped"})
             run.log = earlier.log
         self._runs[task_id], self.tasks[task_id] = run, task
         run.emit("connected", {})
         content = {name: task["input"][name] for name in ("text", "files")}
         run.emit("task_created", task, {"role": "user", "content": content})
-        threading.Thread(target=run.play, args=(self._agent,), daemon=True).start()
+        threading.Thread(target=run.execute, args=(self._agent,), daemon=True).start()
         return task
 
     def _list(self, agent_id: str, query: str) -> list[_Object]:
@@ -2920,19 +2927,20 @@ class LocalPlatform:
 _COMMANDS = {"demo": 0, "run": 2, "watch": 1, "show": 1, "log": 1, "stop": 1, "list": 1}
 _HELP = """\
 commands (or: python3 xtask.py COMMAND ...):
-  xtask demo                   a run here: no account, no network
-  xtask run AGENT_ID PROMPT    create a task and watch it; a PROMPT of - is read
-                               from standard input, any other -... goes after --
-  xtask watch TASK_ID          what it does, live, then its result
-  xtask log TASK_ID            what it did: its activity log
+  xtask demo                   a simulated task: no account, no network
+  xtask run AGENT_ID PROMPT    create a task and watch it; "-" reads the prompt
+                               from standard input; "--" goes before a prompt
+                               that starts with "-"
+  xtask watch TASK_ID          what a task does, live, then its result
+  xtask log TASK_ID            what a task did: its activity log
   xtask show TASK_ID           a task as it is now
-  xtask stop TASK_ID           stop it
+  xtask stop TASK_ID           stop a task
   xtask list AGENT_ID          the tasks of an agent
 
 settings: XPANDER_API_KEY, XPANDER_ORGANIZATION_ID, XPANDER_BASE_URL
-exit codes: 0 done, 1 the task ended otherwise or a call failed, 2 wrong usage
-or no key, 130 Ctrl-C"""
-# Events and entries of the log: a label, what the task does next, and the values to show.
+exit codes: 0 done, 1 the task failed or was stopped, or a call failed,
+2 wrong usage or no key, 130 Ctrl-C"""
+# For events and log entries: the label, what the task does after it, and the values to show.
 _TIMELINE = {
     "task_created": ("created", "waiting to start", "title"),
     "task_updated": ("updated", "working", "status internal_status title"),
@@ -2946,19 +2954,19 @@ _TIMELINE = {
     "user": ("user", "", "text files"),
     "agent": ("agent", "", ""),
 }
-_ENTRY_EVENTS = {  # entries of the log that are the data of an event
+_ENTRY_EVENTS = {  # log entries that are shown like an event
     AgentActivityThreadToolCall: "tool_call_result",
     AgentActivityThreadAuth: "auth_event",
     AgentActivityThreadSubAgentTrigger: "sub_agent_trigger",
 }
 
 
-# C0 but for tabs and line feeds, C1, and what changes the direction of text (Unicode, annex 9)
+# control characters except tab and line feed, and those that change the direction of text
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def _printable(value: Any) -> str:
-    """Text without control characters, and without what standard output cannot encode."""
+    """Text in which control characters, and those that cannot be encoded, are replaced."""
     text = value if isinstance(value, str) else json.dumps(_redact(value), ensure_ascii=False)
     text = _CONTROL.sub("\ufffd", text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -2966,19 +2974,19 @@ def _printable(value: Any) -> str:
 
 
 def _one_line(value: Any) -> str:
-    """A value for people, on one line and without secrets."""
+    """A value on one line, without secrets."""
     return " ".join(_printable(_redact(value)).split())
 
 
 def _truncate(text: str) -> str:
-    """As much of the text as fits in a row of the terminal, where a character may be two wide."""
+    """As much of the text as fits in a row of the terminal; some characters take two columns."""
     import shutil
     import unicodedata
 
-    room = max(8, shutil.get_terminal_size().columns - 1)  # a full row makes some terminals wrap
+    left = max(8, shutil.get_terminal_size().columns - 1)  # some terminals wrap a full row
     for index, character in enumerate(text):
-        room -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if room < 0:
+        left -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if left < 0:
             return text[: index - 3] + "..."
     return text
 
@@ -2987,7 +2995,7 @@ def _format_time(time: Any, form: str = "%H:%M:%S") -> str:
     try:
         return f"{time.astimezone():{form}}"
     except (AttributeError, OverflowError, OSError, ValueError):
-        return "--:--:--"  # no date-time, or one that the local clock cannot show
+        return "--:--:--"  # not a date-time, or out of range for local time
 
 
 def _elapsed(task: Task, end: Any) -> str:
@@ -2999,7 +3007,7 @@ def _elapsed(task: Task, end: Any) -> str:
 
 
 def _format_row(time: Any, kind: str, data: Any) -> str:
-    """A row for an event or a log entry; an answer or a login's URL follows, not truncated."""
+    """A row for an event or a log entry; an answer, or the URL of a login, follows in full."""
     label, _, names = _TIMELINE.get(kind, (_one_line(kind), "", ""))
     inner = _object_at(data, "payload", "input") or _object_at(data, "data")
     values = {**_object_at(data, "content"), **inner, **_object_at(data)}
@@ -3021,7 +3029,7 @@ def _format_log(log: AgentActivityThread) -> str:
 
 
 def _format_task(task: Task) -> str:
-    """A row for each field, and below them the result, not truncated."""
+    """A row for each field that is set, and below them the result in full."""
     rows = [
         _truncate(f"{_one_line(name):<22} {_one_line(value)}") + "\n"
         for name, value in _redact(task.to_dict()).items()
@@ -3037,7 +3045,7 @@ def _format_item(item: TasksListItem) -> str:
 
 
 class _Screen:
-    """Standard output: JSON for programs; for people text, on a terminal with a status row below.
+    """Standard output: JSON for programs, or text; on a terminal with a status row below it.
 
     The status row shows the elapsed time and the activity, and is rewritten in place.
     """
@@ -3050,7 +3058,7 @@ class _Screen:
         self.answer: list[str] = []  # its chunks
 
     def write(self, text: str) -> None:
-        """Text for people; the status row moves below it, unless the text ends within a line."""
+        """Print text, and the status row below it unless the text ends within a line."""
         if self.as_json:
             return
         with self.lock:
@@ -3063,12 +3071,12 @@ class _Screen:
             print(erase + text + self.status_row, end="", flush=True)
 
     def tick(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # closed: the main thread will find out
+        with contextlib.suppress(OSError, ValueError):  # closed: the main thread sees that, too
             while not self.stopped.wait(1):
                 self.write("")
 
     def show(self, record: Any, render: Callable[[Any], str]) -> None:
-        if self.as_json:  # ASCII: any output can encode it, and no terminal obeys it
+        if self.as_json:  # in ASCII: any output can encode it, and it has no control characters
             print(json.dumps(record.to_dict()), flush=True)
         else:
             self.write(render(record))
@@ -3087,7 +3095,7 @@ class _Screen:
             self.write("\n" * self.mid_line + row)
 
     def watch(self, task: Task) -> None:
-        """Show a task's events to its end; of a task without a stream, its end alone."""
+        """Show the events of a task to its end; of a task without a stream, only its end."""
         self.task, self.live = task, bool(sys.stdout) and sys.stdout.isatty()
         threading.Thread(target=self.tick, daemon=True).start()
         try:
@@ -3106,7 +3114,7 @@ class _Screen:
             raise RuntimeError(f"the task ended as {task.status}")
 
     def follow(self, task: Task) -> Task:
-        """Show the events, and return the task as it ended."""
+        """Show the events, and return the finished task."""
         if not task.events_streaming:
             end = task.wait_finished().to_dict()
             envelope = {"type": "task_finished", "task_id": task.id, "data": end}
@@ -3115,7 +3123,7 @@ class _Screen:
         with task.events() as events:
             for event in events:
                 self.show_event(event)
-        last = event.data  # it may leave fields out, and the status that is loaded may be late
+        last = event.data  # it may lack fields, and what is loaded may be older
         if isinstance(last, Task) and last.is_finished:
             return Task.from_dict({**task.reload().to_dict(), **_drop_none(last.to_dict())})
         return task.wait_finished(10)
@@ -3156,7 +3164,7 @@ def _show_version() -> None:
     import hashlib
     import importlib.machinery
 
-    # the loader that imported this file reads it out of a zip file, too
+    # the loader also reads from a zip file
     loader = getattr(__spec__, "loader", None)
     loader = loader or importlib.machinery.SourceFileLoader("xtask", __file__)
     print(f"xtask {__version__}\nsha256 {hashlib.sha256(loader.get_data(__file__)).hexdigest()}")
@@ -3166,14 +3174,14 @@ def _run_program(argv: list[str]) -> None:
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:  # its own prints the usage, too, and exits
+        def error(self, message: str) -> Any:  # argparse's own prints the usage and exits
             raise ValueError(f"{message}; see xtask --help")
 
     parser = Parser("xtask", epilog=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("words", metavar="COMMAND", nargs="*", help="see below; options may stand anywhere")
     add("--file", metavar="URL", action="append", default=[], help="of run: a file; repeatable")
-    add("--json", action="store_true", help="for programs: one object, or one a line; with secrets")
+    add("--json", action="store_true", help="one JSON object, or one a line; secrets are shown")
     add("--version", action="store_true", help="the version, and the SHA-256 of this file")
     options = parser.parse_intermixed_args(argv)
     words, files = options.words, options.file
@@ -3186,7 +3194,7 @@ def _run_program(argv: list[str]) -> None:
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """The terminal program: returns the exit code. `argv`: instead of the process's arguments."""
+    """The terminal program; returns the exit code. `argv` replaces the process's arguments."""
     code = 0
     try:
         with contextlib.suppress(SystemExit):  # of argparse, after the help
@@ -3195,15 +3203,15 @@ def main(argv: Optional[list[str]] = None) -> int:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        pass  # the reader has all it wanted
+        pass  # the reader of the output has left
     except Exception as exc:
         unset = isinstance(exc, ModuleException) and not exc.answered and exc.status_code < 500
         code = 2 if unset or isinstance(exc, ValueError) else 1
-        with contextlib.suppress(AttributeError, OSError):  # closed: nobody reads it
+        with contextlib.suppress(AttributeError, OSError):  # standard error is closed
             sys.stderr.write(f"xtask: {_one_line(str(exc) or repr(exc))}\n")
     try:
         print(end="", flush=True)
-    except (OSError, ValueError):  # the interpreter, too, would flush what is left, and complain
+    except (OSError, ValueError):  # else the interpreter flushes at its exit, and reports it
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
     return code
