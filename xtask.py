@@ -2192,7 +2192,7 @@ class _Stream:
         items, self.task_id = task._items(), task.id
         self.required = _to_json({name: items[name] for name in _REQUIRED if name in items})
         self.seen: deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of the data of events
-        self.replayed: set[int] = set()  # those that may be repeated on this connection
+        self.repeatable: set[int] = set()  # those that may be repeated on this connection
         self.connected_seen = self.finished = False
         self.silence_limit = float("inf")
 
@@ -2273,7 +2273,7 @@ class _Stream:
             text = f"The stream's response is {status} {kind}, not 200 text/event-stream"
             raise response.error(500, text)
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
-        self.replayed = set(self.seen)
+        self.repeatable = set(self.seen)
         last_event_at = time.monotonic()
         try:
             for chunk in iter(response.read_some, b""):
@@ -2305,7 +2305,7 @@ class _Stream:
     ) -> Optional[TaskUpdateEvent]:
         """The event of a message; None if it is a repetition after a reconnect, or not an event."""
         digest = hash(message.data)
-        if digest in self.replayed or self.finished:
+        if digest in self.repeatable or self.finished:
             return None
         event = self._parse(message, response)
         if event is None:
@@ -2315,7 +2315,7 @@ class _Stream:
                 return None
             self.connected_seen = True
         else:
-            self.replayed.clear()
+            self.repeatable.clear()
             self.seen.append(digest)
         self.finished = event.type == "task_finished" and event.task_id == self.task_id
         return event
