@@ -99,6 +99,7 @@ __all__ = [
 _MAX_EVENT = 16 * 2**20  # bytes of one event
 _MAX_RESPONSE = 64 * 2**20  # bytes of a JSON response
 _MAX_HEAD_LINES = 1000  # of a response and the interim ones before it
+_MAX_URL = 65536  # characters
 _MAX_FILE = 10 * 2**20  # bytes of one input file
 _MAX_FILES = 32 * 2**20  # bytes of all input files of one call
 _FILE_THREADS = 8  # concurrent downloads of one call
@@ -834,6 +835,9 @@ _OTHER_NAMES = {  # of the platform and of the official SDK
 }
 
 
+_STATUS_ROUTE = "/agent-execution/{task_id}/status"
+
+
 @dataclass(repr=False, eq=False)
 class Task(_SentRecord):
     """A task of the platform, with the fields of its OpenAPI schema `AgentExecution`.
@@ -933,8 +937,7 @@ class Task(_SentRecord):
         It is a class method: to load a task again into the same object, use `reload`.
         """
         configuration = configuration or _default_configuration()
-        route = "/agent-execution/{task_id}/status"
-        return cls._request_task(configuration, "GET", route, task_id)
+        return cls._request_task(configuration, "GET", _STATUS_ROUTE, task_id)
 
     @classmethod
     def create(
@@ -1167,10 +1170,11 @@ class Task(_SentRecord):
         id: str,
         body: Optional[_Object] = None,
         headers: Mapping[str, str] = {},
+        policy: Optional[_RetryPolicy] = None,
     ) -> Task:
         """The task in a response; if that of a PATCH or DELETE is empty, the task is loaded."""
         url = configuration._api_url(route, id)
-        response = configuration._transport.call(method, url, body, headers)
+        response = configuration._transport.call(method, url, body, headers, policy)
         value = response.value
         if value is None and method in ("PATCH", "DELETE"):
             return cls.load(id, configuration)
@@ -1275,12 +1279,13 @@ def _normal_host(host: str) -> str:
     return host.lower().rstrip(".")
 
 
-def _parse_url(url: str, what: str = "a file's URL") -> _URL:
+def _parse_url(url: str, what: str = "a file's URL", base: str = "") -> _URL:
     """The normal form of an http or https URL without a user name; any other is rejected."""
-    if len(url) > 2048 and not url.isascii():  # IDNA takes time by the square of the length
-        raise _URLRejected(f"{what} has more than 2048 characters, some of them not ASCII")
+    # IDNA takes time by the square of the length, and urlsplit() keeps what it has parsed
+    if len(url) > (_MAX_URL if url.isascii() else 2048):
+        raise _URLRejected(f"{what} is too long: over {_MAX_URL} characters, or 2048 if not ASCII")
     try:
-        parts = urllib.parse.urlsplit(url.strip())
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, url.strip()))
         given, port = parts.hostname or "", parts.port
         host = _normal_host(given)
         if parts.scheme not in _DEFAULT_PORTS or "@" in parts.netloc or not _HOST.fullmatch(host):
@@ -1360,7 +1365,7 @@ _OWN_HEADERS = {  # which Configuration.headers cannot replace
 }
 _RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # struct linger
 # the line end of the chunk before, the size, extensions
-_CHUNK_HEAD = re.compile(rb"[\r\n]*([0-9A-Fa-f]+)(?:[; \t][^\n]*)?\r?\n")
+_CHUNK_HEAD = re.compile(rb"[\r\n]*([0-9A-Fa-f]{1,15})(?:[; \t][^\n]*)?\r?\n")
 _jitter = random.SystemRandom().uniform  # unaffected by random.seed()
 
 
@@ -1499,6 +1504,7 @@ class _Response(http.client.HTTPResponse):
     buffer = b""  # read, but not used: part of a chunk's head, or bytes after the body
     remaining = 0  # bytes that the current chunk still lacks
     ended = False  # whether the last chunk came
+    deadline = float("inf")  # on the monotonic clock, for reading more
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
@@ -1572,7 +1578,7 @@ class _Response(http.client.HTTPResponse):
             return b""
         if self.chunked:
             return self._read_chunks()
-        part: bytes = self.fp.read1(65536)
+        part = self._receive()
         if self.length is not None:
             if not part:
                 raise http.client.IncompleteRead(part)
@@ -1584,7 +1590,7 @@ class _Response(http.client.HTTPResponse):
         """The content of all chunks that arrived: one at a time would double the CPU of a burst."""
         data = b""
         while not data and not self.ended:
-            arrived = self.fp.read1(65536)
+            arrived = self._receive()
             if not arrived:
                 raise http.client.IncompleteRead(arrived)
             data, self.buffer, self.remaining, self.ended = _decode_chunks(
@@ -1592,11 +1598,16 @@ class _Response(http.client.HTTPResponse):
             )
         return data
 
-    def read_all(self, limit: int, seconds: float = float("inf")) -> bytes:
+    def _receive(self) -> bytes:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("there was no time left")
+        return self.fp.read1(65536)
+
+    def read_all(self, limit: int) -> bytes:
         """The body, at most one part longer than the limit; that of an error may be incomplete."""
-        body, deadline = bytearray(), time.monotonic() + seconds
+        body = bytearray()
         try:
-            while len(body) <= limit and time.monotonic() < deadline:
+            while len(body) <= limit:
                 part = self.read_some()
                 if not part:
                     break
@@ -1755,7 +1766,12 @@ class _Transport:
         return _Request(method, _parse_url(url, "the URL"), headers, **options)
 
     def call(
-        self, method: str, url: str, body: Any = None, headers: Mapping[str, str] = {}
+        self,
+        method: str,
+        url: str,
+        body: Any = None,
+        headers: Mapping[str, str] = {},
+        policy: Optional[_RetryPolicy] = None,
     ) -> _Response:
         """The response to a request, with its JSON value; it is sent again where that is safe."""
         headers = {"Accept": "application/json", **headers}
@@ -1783,7 +1799,7 @@ class _Transport:
                 response.value = self.parse_response(response)
             return response
 
-        return self.retry(attempt, _RETRY_POST if method == "POST" else _RETRY)
+        return self.retry(attempt, policy or (_RETRY_POST if method == "POST" else _RETRY))
 
     def retry(self, attempt: Callable[[int], _T], policy: _RetryPolicy, pause: float = 0.25) -> _T:
         """The result of `attempt`, which is called with the number of failures so far.
@@ -1839,7 +1855,7 @@ class _Transport:
         """The target of a redirect. Only a GET is redirected, and only a file to another origin."""
         location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
         location = urllib.parse.quote(location, safe=f"{_URL_CHARACTERS}#[]")
-        url = _parse_url(urllib.parse.urljoin(str(request.url), location), "a redirect")
+        url = _parse_url(location, "a redirect", str(request.url))
         if not request.untrusted and (request.method != "GET" or request.url[:3] != url[:3]):
             text = f"{request.method} was redirected to {url.netloc}: check XPANDER_BASE_URL"
             raise response.error(response.status, text)
@@ -2219,7 +2235,8 @@ class _Stream:
         # Few at a time: 200 streams that end together would hold up other events for 90 ms
         has_turn = self.transport.status_turns.acquire(timeout=1.0)
         try:
-            task = self.transport.retry(self._load, _RETRY_STREAM, self._pause())
+            args = "GET", _STATUS_ROUTE, self.task_id
+            task = Task._request_task(self.configuration, *args, policy=_RETRY_STREAM)
         finally:
             if has_turn:
                 self.transport.status_turns.release()
@@ -2230,9 +2247,6 @@ class _Stream:
             raise response.error(204, f"The server has no events, but the task is {task.status}")
         else:
             _wait(self._pause())
-
-    def _load(self, failures: int) -> Task:
-        return Task.load(self.task_id, self.configuration)
 
     def _pause(self) -> float:
         """The seconds between two connections: the server's `retry`, from 0.1 to 30."""
@@ -2257,8 +2271,9 @@ class _Stream:
         if not 200 <= response.status < 300:
             with response:
                 response.sock.settimeout(_ERROR_BODY_SECONDS)
-                response.body = response.read_all(65536, _ERROR_BODY_SECONDS)
-            self.transport.parse_response(response)  # which raises
+                response.deadline = time.monotonic() + _ERROR_BODY_SECONDS
+                response.body = response.read_all(65536)
+            self.transport.parse_response(response)  # it raises
         return response
 
     def _read(self, response: _Response) -> Iterator[list[TaskUpdateEvent]]:
@@ -2274,7 +2289,7 @@ class _Stream:
             raise response.error(500, text)
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
         self.repeatable = set(self.seen)
-        last_event_at = time.monotonic()
+        response.deadline = time.monotonic() + self.silence_limit
         try:
             for chunk in iter(response.read_some, b""):
                 batch: list[TaskUpdateEvent] = []
@@ -2285,16 +2300,17 @@ class _Stream:
                             batch.append(event)
                         if event and isinstance(event.data, Task):  # many may need much memory
                             yield batch
-                            batch, last_event_at = [], time.monotonic()
+                            batch = []
+                            response.deadline = time.monotonic() + self.silence_limit
                 except (ValueError, ModuleException):
                     if batch:
                         yield batch  # the events before it
                     raise
                 if batch:
                     yield batch
-                    last_event_at = time.monotonic()  # after the consumer took it
-                if self.finished or time.monotonic() - last_event_at > self.silence_limit:
-                    return  # comments do not count as events
+                    response.deadline = time.monotonic() + self.silence_limit
+                if self.finished:
+                    return
         except (OSError, http.client.HTTPException):
             pass  # cut off, or silent for too long: the status tells how to go on
         except ValueError as error:
@@ -3021,7 +3037,7 @@ def _format_row(time: Any, kind: str, data: Any) -> str:
 
 def _format_log(log: AgentActivityThread) -> str:
     rows = []
-    for entry in log.messages:
+    for entry in log.messages or []:
         kind = getattr(entry, "role", getattr(entry, "type", getattr(entry, "action", "other")))
         kind = _ENTRY_EVENTS.get(type(entry), kind if isinstance(kind, str) else "other")
         rows.append(_format_row(getattr(entry, "created_at", None), kind, _to_json(entry)))
