@@ -2642,6 +2642,14 @@ def test_a_status_that_does_not_come_between_two_connections_is_asked_for_again(
         assert chunks(follow(server, face)) == ["1"]
 
 
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_status_that_fails_for_good_ends_the_stream_after_max_retries(status, pauses):
+    with feed(plays(sse("chunk", "1")), max_retries=2) as server:
+        server.status = status
+        assert fails_to_follow(server).status_code == status
+        assert len(server.requests) == 1 + 3
+
+
 @either_face
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 599])
 def test_failed_connections_in_a_row_end_it_with_their_status(status, face, pauses):
@@ -2893,16 +2901,20 @@ def test_an_answer_that_is_no_stream_raises_at_once(script, status, says, face, 
 
 
 def test_an_error_whose_body_does_not_end_is_raised_with_what_came_of_it():
-    def refused(then):
+    def refused(case):
         def script(connection):
-            connection.send('HTTP/1.1 401 no\r\n\r\n{"detail": "bad key"}')
-            then(connection)
+            play(connection, f"HTTP/1.1 401 no|{start}")
+            case[1](connection)
+
+        start = case[0] + '{"detail": "bad key"}'
 
         with feed(script, timeout=0.5) as server:
             began = time.monotonic()
             return str(fails_to_follow(server)), time.monotonic() - began < 5  # not idle_timeout
 
-    assert at_once(refused, silent, repeats(" ")) == [("[401] bad key", True)] * 2
+    chunked = "Transfer-Encoding: chunked||15|"
+    cases = ("|", silent), ("|", repeats(" ")), (chunked, repeats("0"))
+    assert at_once(refused, *cases) == [("[401] bad key", True)] * 3
 
 
 # Complete to the end
@@ -3894,6 +3906,7 @@ NO_HTTP = [
     f"HTTP/1.1 {KEY}||",
     "HTTP/1.1 200 OK|Transfer-Encoding: chunked||-1|" + " " * 99,
     f"HTTP/1.1 200 OK|Transfer-Encoding: chunked||{KEY}|",
+    "HTTP/1.1 200 OK|Transfer-Encoding: chunked||8000000000000000|",
     "HTTP/1.1 200 OK|Transfer-Encoding: chunked||1;" + "x" * 70_000,
     "HTTP/1.1 200 OK|" + "a: b|" * 12_000 + "|",
     "HTTP/1.1 200 OK|a: " + "b" * 70_000 + "||",
@@ -4410,11 +4423,13 @@ REDIRECTS = rows("""
     ftp://platform.test:{port}/x         refused
     http://[x/                           refused
     http://platform.test:x/              refused
+    LONG                                 refused
 """)
 # fmt: on
 
 
 def moved(location, status=302):
+    location = location.replace("LONG", "/" + "\xfc" * 30_000)
     return lambda connection: connection.answer(
         status, b"", [("Location", location.format(port=connection.server.port))]
     )

@@ -165,13 +165,14 @@ _SECRETS = [
     "user_tokens",
     "x-api-key",
 ]
-_URL_PARTS = re.compile(
-    r"(?is)(?P<scheme>\s*[a-z][a-z\d+.-]*://)(?P<user>[^/?#]*@)?(?P<rest>[^?#]*)(?P<query>[?#].*)?"
-)
+_URL_USER = re.compile(r"(?i)^(\s*[a-z][a-z\d+.-]*://)[^/?#]*@")
+_URL_QUERY = re.compile(r"(?is)^(\s*[a-z][a-z\d+.-]*://[^?#]*[?#]).*")
 
 
 def _redact(value: Any, depth: int = 100) -> Any:
     """A copy for display: without secrets, and without the passwords and queries of URLs."""
+    if isinstance(value, str):
+        return _URL_QUERY.sub(r"\1***", _URL_USER.sub(r"\1***@", value))
     if isinstance(value, (dict, list, tuple)) and not depth:
         return "..."
     if isinstance(value, dict):
@@ -183,10 +184,6 @@ def _redact(value: Any, depth: int = 100) -> Any:
         return shown
     if isinstance(value, (list, tuple)):
         return [_redact(item, depth - 1) for item in value]
-    url = _URL_PARTS.fullmatch(value) if isinstance(value, str) else None
-    if url and (url["user"] or url["query"]):
-        user, query = url["user"] and "***@", url["query"] and url["query"][0] + "***"
-        return url["scheme"] + (user or "") + url["rest"] + (query or "")
     return value
 
 
@@ -394,7 +391,7 @@ class _Record:
         return {name: getattr(self, name) for name in self._schema().defaults}
 
     def __eq__(self, other: object) -> bool:  # dataclass's own would cost a fifth of the import
-        if not isinstance(other, _Record) or type(other) is not type(self):
+        if type(other) is not type(self):
             return NotImplemented
         return self._values() == other._values() and self.extra == other.extra
 
@@ -936,7 +933,6 @@ class Task(_SentRecord):
 
         It is a class method: to load a task again into the same object, use `reload`.
         """
-        configuration = configuration or _default_configuration()
         return cls._request_task(configuration, "GET", _STATUS_ROUTE, task_id)
 
     @classmethod
@@ -968,7 +964,7 @@ class Task(_SentRecord):
         for name in ("user", "attachments", "principal"):
             task_input[name] = options.pop(name, None)
         return cls._request_task(
-            configuration or _default_configuration(),
+            configuration,
             "POST",
             "/agent-execution/{agent_id}",
             agent_id,
@@ -1025,12 +1021,14 @@ class Task(_SentRecord):
         if status not in list(AgentExecutionStatus):
             names = ", ".join(AgentExecutionStatus)
             raise ValueError(f"{str(status)!r} is not a status: use one of {names}")
-        values = {"status": AgentExecutionStatus(status), "result": result}
-        changes = {name: value for name, value in values.items() if value is not None}
-        baseline = json.loads(self._baseline)
-        self.__dict__.update(changes)
         # not in the baseline, they are sent even if unchanged, and again if this save fails
-        self._baseline = _encode({key: baseline[key] for key in baseline if key not in changes})
+        baseline = json.loads(self._baseline)
+        self.status = AgentExecutionStatus(status)
+        baseline.pop("status", None)
+        if result is not None:
+            self.result = result
+            baseline.pop("result", None)
+        self._baseline = _encode(baseline)
         return self.save()
 
     def stop(self) -> Task:
@@ -1164,7 +1162,7 @@ class Task(_SentRecord):
     @classmethod
     def _request_task(
         cls,
-        configuration: Configuration,
+        configuration: Optional[Configuration],
         method: str,
         route: str,
         id: str,
@@ -1173,6 +1171,7 @@ class Task(_SentRecord):
         policy: Optional[_RetryPolicy] = None,
     ) -> Task:
         """The task in a response; if that of a PATCH or DELETE is empty, the task is loaded."""
+        configuration = configuration or _default_configuration()
         url = configuration._api_url(route, id)
         response = configuration._transport.call(method, url, body, headers, policy)
         value = response.value
@@ -1210,14 +1209,13 @@ class Task(_SentRecord):
 
     def _file_urls(self, kind: Optional[str] = None) -> List[str]:
         """The URLs of the attachments, then those of further files; only those of one kind."""
-        attachments, files = (
-            value if isinstance(value, list) else []
-            for value in (getattr(self.input, name, None) for name in ("attachments", "files"))
-        )
         kinds: dict[str, str] = {}  # by URL, of which the first one counts
-        for item in [*attachments, *({"url": url} for url in files)]:
-            if isinstance(item, dict) and isinstance(item.get("url"), str):
-                kinds.setdefault(item["url"], _file_kind(item))
+        for name in ("attachments", "files"):
+            items = getattr(self.input, name, None)
+            for item in items if isinstance(items, list) else ():
+                item = {"url": item} if name == "files" else item
+                if isinstance(item, dict) and isinstance(item.get("url"), str):
+                    kinds.setdefault(item["url"], _file_kind(item))
         return [url for url in kinds if kind is None or kinds[url] == kind]
 
 
@@ -1326,13 +1324,13 @@ def _parse_proxy(url: str) -> _Proxy:
             "the URL of a proxy must be http://host:port or http://user:password@host:port, "
             "percent-encoded; see HTTPS_PROXY"
         )
-    proxy = _parse_url(f"http://{netloc}", "the URL of a proxy")
+    proxy, authorization = _parse_url(f"http://{netloc}", "the URL of a proxy"), ""
     if credentials:
         import base64
 
         secret = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
-        return _Proxy(proxy.dns_name, proxy.port, f"Basic {secret}")
-    return _Proxy(proxy.dns_name, proxy.port, "")
+        authorization = f"Basic {secret}"
+    return _Proxy(proxy.dns_name, proxy.port, authorization)
 
 
 # ---- Transport -----------------------------------------------------------------------------------
@@ -1393,25 +1391,23 @@ class _CancelScope:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-# The scope of this thread's work: of an async twin, a stream or a file; None for a plain call
-_current_scope: contextvars.ContextVar[Optional[_CancelScope]] = contextvars.ContextVar(
-    "xtask_scope", default=None
-)
+# The scope of this thread's work: of an async twin, a stream or a file. All plain calls share one
+# that nobody cancels
+_PLAIN = _CancelScope()
+_current_scope = contextvars.ContextVar("xtask_scope", default=_PLAIN)
 
 
 def _attach(sock: socket.socket) -> None:
-    if scope := _current_scope.get():
-        scope.attach(sock)
+    _current_scope.get().attach(sock)
 
 
 def _is_cancelled() -> bool:
-    scope = _current_scope.get()
-    return scope is not None and scope.cancelled.is_set()
+    return _current_scope.get().cancelled.is_set()
 
 
 def _wait(seconds: float) -> None:
     """Pause between two requests; it ends early when the current scope is cancelled."""
-    (_current_scope.get() or _CancelScope()).cancelled.wait(seconds)
+    _current_scope.get().cancelled.wait(seconds)
 
 
 class _RetryPolicy(NamedTuple):
@@ -1498,9 +1494,8 @@ class _Response(http.client.HTTPResponse):
     body = b""  # of the response to a call
     value: Any = None  # its JSON value; None if the body is empty
     coding = ""  # of the content: gzip, deflate, or one that is not supported
-    decoder: Any = None  # of zlib
+    decoder: Any = None  # of zlib; None before each of the members that may follow each other
     encoded = b""  # read, but not yet taken by the decoder
-    pending = False  # whether the decoder has more output
     buffer = b""  # read, but not used: part of a chunk's head, or bytes after the body
     remaining = 0  # bytes that the current chunk still lacks
     ended = False  # whether the last chunk came
@@ -1546,27 +1541,28 @@ class _Response(http.client.HTTPResponse):
             raise self._coding_error("is not supported")
         empty = 0  # bytes that gave no content
         while True:
-            if not self.encoded and not self.pending:
+            if self.decoder:
+                try:
+                    content: bytes = self.decoder.decompress(self.encoded, 65536)
+                except zlib.error as error:
+                    raise self._coding_error("is broken") from error
+                self.encoded = self.decoder.unconsumed_tail or self.decoder.unused_data
+                if self.decoder.eof:
+                    self.decoder = None
+                if content:
+                    return content
+                if empty > 2**17:
+                    raise self._coding_error("has no content")
+            if not self.encoded:
                 self.encoded = self._read_body()
                 empty += len(self.encoded)
                 if not self.encoded:
-                    if not self.decoder or self.decoder.eof:
+                    if not self.decoder:
                         return b""
                     if self.ends_with_connection:
                         raise http.client.IncompleteRead(b"")
                     raise self._coding_error("is cut off")
-            if not self.decoder or self.decoder.eof:  # a further member follows
-                self.decoder = zlib.decompressobj(15 if self.coding == "deflate" else 31)
-            try:
-                content: bytes = self.decoder.decompress(self.encoded, 65536)
-            except zlib.error as error:
-                raise self._coding_error("is broken") from error
-            self.encoded = self.decoder.unconsumed_tail or self.decoder.unused_data
-            self.pending = len(content) == 65536 and not self.decoder.eof
-            if content:
-                return content
-            if empty > 2**17:
-                raise self._coding_error("has no content")
+            self.decoder = self.decoder or zlib.decompressobj(31 if "gzip" in self.coding else 15)
 
     def _coding_error(self, problem: str) -> ModuleException:
         status = self.status if self.status >= 400 else 500
@@ -1824,37 +1820,33 @@ class _Transport:
     def open(self, request: _Request) -> _Response:
         """The response to a request, after its redirects."""
         for _ in range(_MAX_REDIRECTS + 1):
-            with self._logged(request):
+            started = time.monotonic()
+            try:
                 response = request.response = self._exchange(request)
+            except Exception as error:
+                self._log(request, type(error).__name__, started)
+                raise
+            self._log(request, response.status, started)
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
             request.url = self._redirect_url(request, response)
         raise response.error(response.status, f"redirected more than {_MAX_REDIRECTS} times")
 
-    @contextlib.contextmanager
-    def _logged(self, request: _Request) -> Iterator[None]:
+    def _log(self, request: _Request, outcome: object, started: float) -> None:
         """Log a request and its outcome, if DEBUG is enabled."""
-        started, outcome = time.monotonic(), "an error"
-        try:
-            yield
-            outcome = str(request.response and request.response.status)
-        except _REQUEST_ERRORS as error:
-            outcome = type(error).__name__
-            raise
-        finally:
-            if "logging" in sys.modules:  # else nobody can have enabled DEBUG
-                import logging  # blocks while another thread is importing it
+        if "logging" in sys.modules:  # else nobody can have enabled DEBUG
+            import logging  # blocks while another thread is importing it
 
-                logger, seconds = logging.getLogger(__name__), time.monotonic() - started
-                if logger.isEnabledFor(logging.DEBUG):
-                    url = self.redact_key(str(request.url).partition("?")[0])
-                    logger.debug("%s %s: %s, %.0f ms", request.method, url, outcome, seconds * 1000)
+            logger, seconds = logging.getLogger(__name__), time.monotonic() - started
+            if logger.isEnabledFor(logging.DEBUG):
+                url = self.redact_key(str(request.url).partition("?")[0])
+                logger.debug("%s %s: %s, %.0f ms", request.method, url, outcome, seconds * 1000)
 
     def _redirect_url(self, request: _Request, response: _Response) -> _URL:
         """The target of a redirect. Only a GET is redirected, and only a file to another origin."""
-        location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
-        location = urllib.parse.quote(location, safe=f"{_URL_CHARACTERS}#[]")
+        raw = response.headers.get("Location", "").encode("latin-1")
+        location = urllib.parse.quote(raw, safe=f"{_URL_CHARACTERS}#[]")
         url = _parse_url(location, "a redirect", str(request.url))
         if not request.untrusted and (request.method != "GET" or request.url[:3] != url[:3]):
             text = f"{request.method} was redirected to {url.netloc}: check XPANDER_BASE_URL"
@@ -1868,7 +1860,6 @@ class _Transport:
         if proxy and not trusted:  # the proxy resolves names; literal addresses can be checked
             _check_host(request.url, socket.AI_NUMERICHOST)
         if connection := self._checkout(request, proxy):
-            request.sent = True
             try:
                 return self._send(connection, request)
             except (ConnectionError, ssl.SSLEOFError):  # it was closed while it was idle
@@ -1877,12 +1868,6 @@ class _Transport:
             raise ConnectionAbortedError("the call was cancelled")
         context = self._tls_context(request.url, trusted)
         connection = _Connection(request, proxy, context, not (proxy or trusted))
-        try:
-            connection.connect()
-        except BaseException:
-            connection.close()
-            raise
-        request.sent = True
         return self._send(connection, request)
 
     def _proxy_for(self, url: _URL) -> Optional[_Proxy]:
@@ -1927,7 +1912,10 @@ class _Transport:
             if proxy.authorization:
                 headers["Proxy-Authorization"] = proxy.authorization
         try:
+            if not connection.sock:
+                connection.connect()
             _attach(connection.sock)
+            request.sent = True
             try:
                 connection.request(request.method, target, request.body, headers)
             except OSError:
@@ -1952,8 +1940,8 @@ class _Transport:
         if not (connection and connection.sock and request.reuse and response.reusable):
             return  # without a socket if the server closes it
         if len(self.idle) < _MAX_IDLE_CONNECTIONS:
-            if scope := _current_scope.get():
-                scope.sock = None  # or a late cancel() would end the next call that takes it
+            # or a late cancel() would end the next call that takes it
+            _current_scope.get().sock = None
             response.connection = None
             response.close()
             connection.released_at = time.time()
@@ -2356,21 +2344,16 @@ class _Stream:
 
     def _last_event(self, task: Task) -> TaskUpdateEvent:
         """The last event, made from the task because the stream did not bring it."""
-        source = json.loads(task._baseline)
-        data = {**self.required, **source}
+        data = {**self.required, **json.loads(task._baseline)}
         now = datetime.now(timezone.utc).isoformat()
         envelope = {
             "type": "task_finished",
             "task_id": self.task_id,
             "organization_id": data.get("organization_id"),
             "time": data.get("finished_at") or data.get("updated_at") or now,
+            "data": data,
         }
-        event = TaskUpdateEvent.from_dict(envelope)
-        event.raw["data"] = data
-        # nearly always the task itself: a copy would cost 200 streams 6 % more CPU
-        same = data.keys() == source.keys()
-        event.data = task if same else Task.from_dict(data, self.configuration)
-        return event
+        return TaskUpdateEvent.from_dict(envelope, {}, self.configuration)
 
     def pump(self, put: Callable[[Any], object], slots: threading.Semaphore) -> None:
         """Pass the batches to an event loop, from a thread; the last item is None or an error.
@@ -2412,8 +2395,13 @@ class _Events(Iterator[TaskUpdateEvent]):
     def __next__(self) -> TaskUpdateEvent:
         if self._scope.cancelled.is_set():
             raise StopIteration
-        # in a context of its own: the scope is not that of what the consumer does in between
-        return self._context.run(next, self._events)
+        try:
+            # in a context of its own: the scope is not that of what the consumer does in between
+            return self._context.run(next, self._events)
+        except ValueError:
+            if self._scope.cancelled.is_set():  # another thread is closing it
+                raise StopIteration from None
+            raise
 
     def close(self) -> None:
         """Leave the stream. It may be called again."""
@@ -2505,6 +2493,8 @@ _MIME_KINDS = {
     "application/json": "text",
     "application/xml": "text",
     "image/svg+xml": "text",  # models do not accept it as an image
+    "image": "image",  # any other subtype of these two
+    "text": "text",
 }
 # not public, although `is_global` is True for them on some versions of Python
 _NOT_PUBLIC = (
@@ -2534,16 +2524,14 @@ def _file_kind(attachment: Mapping[str, Any]) -> str:
     if isinstance(kind, str) and kind != "unknown":
         return kind
     mime = mime.partition(";")[0].strip()
-    by_mime = {"image": "image", "text": "text"}.get(mime.partition("/")[0])
-    return (
-        _MIME_KINDS.get(mime) or by_mime or _EXTENSION_KINDS.get(_extension(attachment["url"]), "")
-    )
+    by_mime = _MIME_KINDS.get(mime) or _MIME_KINDS.get(mime.partition("/")[0])
+    return by_mime or _EXTENSION_KINDS.get(_extension(attachment["url"]), "")
 
 
 def _extension(url: str) -> str:
     """The extension of the URL's path, in lower case; "" if it has none."""
-    before, separator, after = re.split("[?#]", url, maxsplit=1)[0].partition("://")
-    return os.path.splitext(after.partition("/")[2] if separator else before)[1].lower()
+    path = re.sub("(?s)^[^/?#]*://[^/?#]*|[?#].*", "", url)
+    return os.path.splitext(path)[1].lower()
 
 
 def _require_public(host: str, addresses: Iterable[tuple[Any, ...]]) -> None:
@@ -2605,8 +2593,7 @@ def _fetch_files(configuration: Configuration, urls: list[str]) -> list[_Fetched
                 thread.start()
                 threads.append(thread)
         if not threads:
-            scope = _current_scope.get() or _CancelScope()
-            contextvars.copy_context().run(downloads.run, scope, deadline)
+            downloads.run(_current_scope.get(), deadline)
         for thread in threads:
             while thread.is_alive() and not _is_cancelled() and time.monotonic() < deadline:
                 thread.join(min(0.1, max(0.0, deadline - time.monotonic())))
@@ -2614,8 +2601,6 @@ def _fetch_files(configuration: Configuration, urls: list[str]) -> list[_Fetched
         downloads.queue.clear()
         for scope in scopes:
             scope.cancel()
-    for thread in threads:
-        thread.join(0.1)  # one that is looking up a name ends later by itself
     return list(downloads.results)
 
 
