@@ -909,7 +909,7 @@ class Task(_SentRecord):
         return task
 
     def __repr__(self) -> str:
-        status, title = getattr(self.status, "value", self.status), _redact(self.title)
+        status, title = _redact(getattr(self.status, "value", self.status)), _redact(self.title)
         return f"Task(id={self.id!r}, status={status!r}, title={title!r:.60})"
 
     @property
@@ -1566,7 +1566,8 @@ class _Response(http.client.HTTPResponse):
 
     def _coding_error(self, problem: str) -> ModuleException:
         status = self.status if self.status >= 400 else 500
-        return self.error(status, f"the Content-Encoding {self.coding:.60} {problem}")
+        coding = self.redact_key(self.coding)[:60]
+        return self.error(status, f"the Content-Encoding {coding} {problem}")
 
     def _read_body(self) -> bytes:
         """The part of the body that has arrived."""
@@ -1972,6 +1973,8 @@ class _Transport:
 
     def connection_error(self, request: _Request, error: Exception) -> ModuleException:
         """The error of a request without a response, or without a complete one."""
+        if type(error) is http.client.BadStatusLine:  # a proxy's may repeat the password
+            error.args = ("not an HTTP response",)
         error.args = tuple(map(self.redact_key, error.args))  # tracebacks show it as the cause
         error.__context__ = None  # tracebacks would show this, too
         reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
@@ -2012,10 +2015,11 @@ def _describe(value: Any, depth: int = 2) -> str:
         return "; ".join(filter(None, items))
     if not isinstance(value, dict):
         return ""
-    if "msg" in value:  # of a 422: where, and what is wrong
+    if isinstance(value.get("msg"), str):  # of a 422: where, and what is wrong
         path = value.get("loc")
-        where = map(str, path if isinstance(path, list) else [path or "?"])
-        return f"{'.'.join(where)}: {value['msg']}"
+        steps = path if isinstance(path, list) else [path]
+        where = ".".join(str(step) for step in steps if isinstance(step, (str, int)))
+        return f"{where}: {value['msg']}" if where else value["msg"]
     names = ("detail", "message", "error") if depth else ()
     return next(filter(None, (_describe(value.get(name), depth - 1) for name in names)), "")
 
@@ -2505,8 +2509,8 @@ _NOT_PUBLIC = (
 )
 # encodings of text; Python has others, too: unicode_escape, and punycode, which is quadratic
 _CHARSET = re.compile(
-    r"(?i)utf.*|u8|(us-)?ascii|(iso[-_]?)?8859.*|iso-ir.*|latin[-_]?\d|windows.*|cp\d+|koi8.*"
-    r"|gb.*|hz.*|big5.*|shift.*|s?jis.*|euc.*|iso[-_]?2022.*|ks_c.*|tis.?620"
+    r"(?i)utf[-_]?(8|16|32).*|u8|(us-)?ascii|(iso[-_]?)?8859.*|iso-ir.*|latin[-_]?\d|windows.*"
+    r"|cp\d+|koi8.*|gb.*|hz.*|big5.*|shift.*|s?jis.*|euc.*|iso[-_]?2022.*|ks_c.*|tis.?620"
 )
 _BYTE_ORDER_MARKS = {  # UTF-32 first: one of its marks starts with one of UTF-16
     b"\xff\xfe\0\0": "utf-32",
