@@ -787,7 +787,8 @@ def _async_twin(method: Callable[_P, _T]) -> Callable[_P, Coroutine[Any, Any, _T
 
         def run() -> Any:
             _current_scope.set(scope)  # asyncio.to_thread runs this in a copy of the context
-            return getattr(arguments[0], name)(*arguments[1:], **options)  # maybe of a subclass
+            # by name, so that a subclass's override of the sync method is used
+            return getattr(arguments[0], name)(*arguments[1:], **options)
 
         try:
             return await asyncio.to_thread(run)
@@ -1183,6 +1184,8 @@ class Task(_SentRecord):
 
     def _update(self, newer: Task, before: Optional[_Object] = None) -> Task:
         """Take the state of `newer`, except what the caller changed since the state `before`."""
+        # What changed before this is found by comparing JSON, nested changes too; what another
+        # thread sets while this compares (`asave` runs in one), by the identity of the values.
         seen = dict(self.__dict__)
         for name in _changed(before, self.to_dict()) if before is not None else ():
             if name in self._schema().defaults:
@@ -1190,10 +1193,9 @@ class Task(_SentRecord):
             elif name in self.extra:
                 newer.extra[name] = self.extra[name]
         newer._configuration = self._configuration
-        # `asave` runs in a thread: the caller may have set more while this compared
         items = list(self.__dict__.items())
-        later = {name: value for name, value in items if value is not seen.get(name)}
-        self.__dict__.update({**newer.__dict__, **later})
+        set_meanwhile = {name: value for name, value in items if value is not seen.get(name)}
+        self.__dict__.update({**newer.__dict__, **set_meanwhile})
         return self
 
     def _pauses(self, timeout: Optional[float], or_paused: bool) -> Iterator[float]:
@@ -1473,8 +1475,9 @@ class _Reader(io.BufferedReader):
             if not self.lines:
                 raise
             line = b""
-        is_cut_off = not line.endswith(b"\n") and len(line) != size  # of that size: a long line
-        if is_cut_off and (line or self.lines):  # without any byte, http.client raises
+        is_complete = line.endswith(b"\n") or len(line) == size  # of that size: a line too long
+        is_empty_head = not (line or self.lines)  # http.client raises RemoteDisconnected
+        if not (is_complete or is_empty_head):
             raise http.client.IncompleteRead(line)
         self.lines += 1
         if self.lines > _MAX_HEAD_LINES:
@@ -1621,12 +1624,16 @@ class _Response(http.client.HTTPResponse):
 
     @property
     def reusable(self) -> bool:
-        """Whether the body ended where its head declared, so that another response may follow."""
-        if self.ended:  # with a Content-Length, too, somebody else may see another end
+        """Whether the body ended where its head declared, so that another response may follow.
+
+        Not if bytes follow it, or if others on the way may see another end: with two framings, or
+        in a 204 that declares a body.
+        """
+        if self.ended:
             return self.buffer == b"\r\n" and "Content-Length" not in self.headers
         declared = self.chunked or self.headers.get("Content-Length", "0") != "0"
-        ended = self.length == 0 and not self.buffer and self.status >= 200
-        return ended and not (self.status == 204 and declared)
+        complete = self.length == 0 and not self.buffer and self.status >= 200
+        return complete and not (self.status == 204 and declared)
 
     def close(self) -> None:
         """Close it, and its connection unless that was released."""
@@ -1860,7 +1867,7 @@ class _Transport:
         trusted = not request.untrusted or request.url.host in self.trusted_hosts
         if proxy and not trusted:  # the proxy resolves names; literal addresses can be checked
             _check_host(request.url, socket.AI_NUMERICHOST)
-        if connection := self._checkout(request, proxy):
+        if connection := self._checkout(request):
             try:
                 return self._send(connection, request)
             except (ConnectionError, ssl.SSLEOFError):  # it was closed while it was idle
@@ -1891,14 +1898,11 @@ class _Transport:
             self.default_context = context
         return self.default_context
 
-    def _checkout(self, request: _Request, proxy: Optional[_Proxy]) -> Optional[_Connection]:
-        """An idle connection for the request; those that are no longer usable are closed."""
-        for connection in self.idle[::-1] if request.reuse else ():
-            if connection.url[:3] == request.url[:3] and connection.proxy == proxy:
-                try:
-                    self.idle.remove(connection)
-                except ValueError:
-                    continue  # another thread was faster
+    def _checkout(self, request: _Request) -> Optional[_Connection]:
+        """An idle connection; all of them lead to the API's origin. Unusable ones are closed."""
+        with contextlib.suppress(IndexError):  # there are no more
+            while request.reuse:
+                connection = self.idle.pop()
                 if connection.is_usable():
                     return connection
                 connection.close()
@@ -1909,7 +1913,7 @@ class _Transport:
         if not request.reuse:
             headers["Connection"] = "close"
         if proxy and not connection.context:  # without a tunnel, the proxy forwards the request
-            target = str(request.url)
+            target = f"http://{request.url.netloc}{target}"
             if proxy.authorization:
                 headers["Proxy-Authorization"] = proxy.authorization
         try:
@@ -1920,7 +1924,7 @@ class _Transport:
             try:
                 connection.request(request.method, target, request.body, headers)
             except OSError:
-                # the server may have responded before it received the whole body
+                # a response that the server sent before it had the whole body may be waiting
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     return self._response(connection, request)
                 raise
@@ -1993,9 +1997,10 @@ class _Transport:
         headers = request.response.header_values() if request.response else None
         failure = ModuleException(500, text, None, False, headers)
         connecting = (OSError, http.client.BadStatusLine, http.client.IncompleteRead)
+        permanent = (ssl.SSLCertVerificationError, _URLRejected)
         if not request.sent and isinstance(error, connecting):
-            final = isinstance(error, (ssl.SSLCertVerificationError, _URLRejected))
-            failure._retriable = not (final or getattr(error, "filename", None))
+            is_permanent = isinstance(error, permanent) or getattr(error, "filename", None)
+            failure._retriable = not is_permanent
         return failure
 
 
@@ -2066,7 +2071,7 @@ class _Parser:
     def __init__(self, last_id: str = "", retry: Optional[int] = None) -> None:
         self.last_id, self.retry = last_id, retry
         self._bom = b"\xef\xbb\xbf"  # removed once, at the start of the stream
-        self._pending, self._size = bytearray(), 0  # an incomplete event, and its bytes as received
+        self._pending, self._size = bytearray(), 0  # an incomplete event; its bytes as received
         self._ended_with_cr = False  # an LF that follows belongs to the CR
 
     def feed(self, chunk: bytes) -> Iterable[ServerSentEvent]:
@@ -2078,6 +2083,7 @@ class _Parser:
             if chunk:
                 self._ended_with_cr = chunk.endswith(b"\r")
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            # a blank line ends an event; it may lie across two chunks
             if b"\n\n" in chunk or (chunk[:1] == b"\n" and self._pending[-1:] == b"\n"):
                 complete, _, chunk = b"".join([self._pending, chunk]).rpartition(b"\n\n")
                 complete = complete.removeprefix(self._bom)
@@ -2200,7 +2206,7 @@ class _Stream:
         items, self.task_id = task._items(), task.id
         self.required = _to_json({name: items[name] for name in _REQUIRED if name in items})
         self.seen: deque[int] = deque(maxlen=_REPLAY_WINDOW)  # hashes of the data of events
-        self.repeatable: set[int] = set()  # those that may be repeated on this connection
+        self.maybe_repeated: set[int] = set()  # until the first new event of a connection
         self.connected_seen = self.finished = False
         self.silence_limit = float("inf")
 
@@ -2246,7 +2252,7 @@ class _Stream:
         return min(max(milliseconds, 100), 30_000) / 1000
 
     def _connect(self, failures: int) -> Optional[_Response]:
-        """A 2xx response; None if the connection broke or timed out after the request was sent."""
+        """A 2xx response; None if none came although the request was sent, which is not counted."""
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         last_id = self.parser.last_id.encode()  # in UTF-8, by the standard
         if re.fullmatch(rb"[^\0-\x1f\x7f]{1,4096}", last_id):
@@ -2280,7 +2286,7 @@ class _Stream:
             text = f"The stream's response is {status} {kind}, not 200 text/event-stream"
             raise response.error(500, text)
         self.parser = _Parser(self.parser.last_id, self.parser.retry)
-        self.repeatable = set(self.seen)
+        self.maybe_repeated = set(self.seen)
         response.deadline = time.monotonic() + self.silence_limit
         try:
             for chunk in iter(response.read_some, b""):
@@ -2313,7 +2319,7 @@ class _Stream:
     ) -> Optional[TaskUpdateEvent]:
         """The event of a message; None if it is a repetition after a reconnect, or not an event."""
         digest = hash(message.data)
-        if digest in self.repeatable or self.finished:
+        if digest in self.maybe_repeated or self.finished:
             return None
         event = self._parse(message, response)
         if event is None:
@@ -2323,7 +2329,7 @@ class _Stream:
                 return None
             self.connected_seen = True
         else:
-            self.repeatable.clear()
+            self.maybe_repeated.clear()
             self.seen.append(digest)
         self.finished = event.type == "task_finished" and event.task_id == self.task_id
         return event
@@ -2424,7 +2430,8 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
     def __init__(self, stream: _Stream) -> None:
         self._stream, self._scope = stream, stream.scope
         self._batch: Iterator[TaskUpdateEvent] = iter(())
-        self._slots = threading.Semaphore(_PUMP_SLOTS - 1)  # the pump takes one after it has put
+        # the pump puts a batch, then takes a slot: with N - 1 slots, N batches wait at most
+        self._slots = threading.Semaphore(_PUMP_SLOTS - 1)
         self._queue: Any = None  # of batches; made in the event loop of the first `__anext__`
         self._put: Callable[[Any], object] = lambda item: None  # into the queue, from any thread
 
@@ -2461,7 +2468,7 @@ class _AsyncEvents(AsyncIterator[TaskUpdateEvent]):
     def _cancel(self) -> None:
         self._scope.cancel()
         self._batch = iter(())
-        self._slots.release()
+        self._slots.release()  # wakes the pump
 
     async def aclose(self) -> None:
         """Leave the stream. It may be called again."""
