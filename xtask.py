@@ -98,7 +98,7 @@ __all__ = [
 
 _MAX_EVENT = 16 * 2**20  # bytes of one event
 _MAX_RESPONSE = 64 * 2**20  # bytes of a JSON response
-_MAX_HEAD_LINES = 1000  # of a response and the interim ones before it
+_MAX_HEAD = 2**15  # bytes of the heads of a response and the interim ones before it
 _MAX_URL = 65536  # characters
 _MAX_FILE = 10 * 2**20  # bytes of one input file
 _MAX_FILES = 32 * 2**20  # bytes of all input files of one call
@@ -911,7 +911,7 @@ class Task(_SentRecord):
 
     def __repr__(self) -> str:
         status, title = _redact(getattr(self.status, "value", self.status)), _redact(self.title)
-        return f"Task(id={self.id!r}, status={status!r}, title={title!r:.60})"
+        return f"Task(id={self.id!r:.60}, status={status!r:.60}, title={title!r:.60})"
 
     @property
     def configuration(self) -> Configuration:
@@ -1373,7 +1373,7 @@ class _CancelScope:
     """Lets one thread end the network operation of another."""
 
     def __init__(self) -> None:
-        self.cancelled = threading.Event()
+        self.cancelled, self.process = threading.Event(), os.getpid()
         self.sock: Optional[socket.socket] = None
 
     def attach(self, sock: socket.socket) -> None:
@@ -1383,7 +1383,7 @@ class _CancelScope:
 
     def cancel(self) -> None:
         self.cancelled.set()
-        if sock := self.sock:
+        if (sock := self.sock) and self.process == os.getpid():  # after a fork, it is the parent's
             # close() would not wake a blocked read, and SSLSocket.shutdown() would drop the TLS
             # object that the other thread reads from
             with contextlib.suppress(OSError):
@@ -1464,24 +1464,27 @@ def _decode_chunks(data: bytes, remaining: int) -> tuple[bytes, bytes, int, bool
 
 
 class _Reader(io.BufferedReader):
-    """Reads heads. http.client would take one that is cut off as complete, and never give up."""
+    """Reads heads. http.client would take one that is cut off as complete, and never give up.
 
-    lines = 0
+    Large ones take the email package, which parses them, time by the square of their size.
+    """
+
+    size = 0
 
     def readline(self, size: Optional[int] = -1) -> bytes:
         try:
             line = super().readline(size)
         except ConnectionError:
-            if not self.lines:
+            if not self.size:
                 raise
             line = b""
         is_complete = line.endswith(b"\n") or len(line) == size  # of that size: a line too long
-        is_empty_head = not (line or self.lines)  # http.client raises RemoteDisconnected
+        is_empty_head = not (line or self.size)  # http.client raises RemoteDisconnected
         if not (is_complete or is_empty_head):
             raise http.client.IncompleteRead(line)
-        self.lines += 1
-        if self.lines > _MAX_HEAD_LINES:
-            raise http.client.HTTPException("too many interim responses")
+        self.size += len(line)
+        if self.size > _MAX_HEAD:
+            raise http.client.HTTPException("the head of the response is too large")
         return line
 
 
@@ -1627,13 +1630,15 @@ class _Response(http.client.HTTPResponse):
         """Whether the body ended where its head declared, so that another response may follow.
 
         Not if bytes follow it, or if others on the way may see another end: with two framings, or
-        in a 204 that declares a body.
+        where a response without a body declares one.
         """
+        names = map(str.lower, self.headers)
+        framings = [name for name in names if name in ("content-length", "transfer-encoding")]
+        if len(framings) > 1 or (framings and self.status in (204, 304)):
+            return False
         if self.ended:
-            return self.buffer == b"\r\n" and "Content-Length" not in self.headers
-        declared = self.chunked or self.headers.get("Content-Length", "0") != "0"
-        complete = self.length == 0 and not self.buffer and self.status >= 200
-        return complete and not (self.status == 204 and declared)
+            return self.buffer == b"\r\n"
+        return self.length == 0 and not self.buffer and self.status >= 200
 
     def close(self) -> None:
         """Close it, and its connection unless that was released."""
@@ -1977,7 +1982,8 @@ class _Transport:
 
     def connection_error(self, request: _Request, error: Exception) -> ModuleException:
         """The error of a request without a response, or without a complete one."""
-        if type(error) is http.client.BadStatusLine:  # a proxy's may repeat the password
+        if type(error) in (http.client.BadStatusLine, http.client.UnknownProtocol):
+            # it shows what came, in which a proxy may repeat its password
             error.args = ("not an HTTP response",)
         error.args = tuple(map(self.redact_key, error.args))  # tracebacks show it as the cause
         error.__context__ = None  # tracebacks would show this, too
@@ -2031,7 +2037,8 @@ def _describe(value: Any, depth: int = 2) -> str:
 
 def _parse_retry_after(value: str) -> Optional[float]:
     """The seconds of a Retry-After, which is a number or a date (RFC 9110, section 10.2.3)."""
-    if re.fullmatch("[0-9]+", value.strip()):
+    value = value.strip()
+    if re.fullmatch("[0-9]+", value):
         return float(value)  # infinity for hundreds of digits
     from email.utils import parsedate_to_datetime
 
@@ -2588,7 +2595,8 @@ def _is_allowed(configuration: Configuration, url: str, deadline: float) -> bool
 
 def _warn_of_refusal(url: str, error: Exception) -> None:
     reason = error if isinstance(error, _URLRejected) else "it is not valid"
-    _warn("the URL of a file was refused: %a: %s", _redact(url)[:200], reason)
+    shown = re.split("[?#]", _redact(url))[0][:200]
+    _warn("the URL of a file was refused: %a: %s", shown, reason)
 
 
 def _fetch_files(configuration: Configuration, urls: list[str]) -> list[_Fetched]:
@@ -2873,7 +2881,8 @@ class LocalPlatform:
 
     def _serve(self, handler: Any) -> None:
         """Respond to one request, with JSON or a stream."""
-        text = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        length = re.fullmatch("[0-9]{1,8}", handler.headers.get("Content-Length", ""))
+        text = handler.rfile.read(int(length[0]) if length else 0)
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
             try:
@@ -3033,7 +3042,7 @@ def _format_row(time: Any, kind: str, data: Any) -> str:
 
 def _format_log(log: AgentActivityThread) -> str:
     rows = []
-    for entry in log.messages or []:
+    for entry in log.messages if isinstance(log.messages, list) else []:
         kind = getattr(entry, "role", getattr(entry, "type", getattr(entry, "action", "other")))
         kind = _ENTRY_EVENTS.get(type(entry), kind if isinstance(kind, str) else "other")
         rows.append(_format_row(getattr(entry, "created_at", None), kind, _to_json(entry)))
@@ -3117,13 +3126,13 @@ class _Screen:
             self.live = False
             self.stopped.set()
             self.write("\n" * self.mid_line)
-        elapsed = "after " + _elapsed(task, task.finished_at)
-        self.write(_format_row(task.finished_at, str(task.status), elapsed))
+        elapsed, status = "after " + _elapsed(task, task.finished_at), _one_line(task.status)
+        self.write(_format_row(task.finished_at, status, elapsed))
         result = "" if task.result is None else _printable(task.result)
         if result.strip() not in ("", "".join(self.answer).strip()):  # not shown yet
             self.write(f"\n{result}\n")
         if task.status != "completed":
-            raise RuntimeError(f"the task ended as {task.status}")
+            raise RuntimeError(f"the task ended as {status}")
 
     def follow(self, task: Task) -> Task:
         """Show the events, and return the finished task."""
