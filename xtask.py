@@ -730,9 +730,7 @@ class Configuration:
 
     def _api_url(self, route: str, *ids: Any) -> str:
         """The URL of a route. On an agent controller it starts with the organization."""
-        url = _parse_url(self.base_url)
-        is_controller = "agent-controller" in url.host or url.port == 9016
-        if is_controller or url.target.split("/")[1] == "agent-controller":
+        if self._transport.is_controller:
             route, ids = "/{organization_id}" + route, (self.organization_id, *ids)
         return self.base_url + _path(route, *ids)
 
@@ -1006,9 +1004,10 @@ class Task(_SentRecord):
         """
         if isinstance(self.internal_status, str) and len(self.internal_status) > 255:
             raise ValueError("internal_status has more than the 255 characters the platform takes")
-        before = self.to_dict()
-        changed = _changed(json.loads(self._baseline), before)
-        body = {name: value for name, value in before.items() if name in changed}
+        before = _encode(self)
+        values = json.loads(before)
+        changed = _changed(json.loads(self._baseline), values)
+        body = {name: value for name, value in values.items() if name in changed}
         if not body:
             return self._update(self.load(self.id, self.configuration), before)
         route = "/agent-execution/{task_id}/update"
@@ -1034,8 +1033,7 @@ class Task(_SentRecord):
 
     def stop(self) -> Task:
         """Stop it; unsaved changes stay unsaved. Route: DELETE /agent-execution/{task_id}."""
-        before = json.loads(self._baseline)
-        route = "/agent-execution/{task_id}"
+        before, route = self._baseline, "/agent-execution/{task_id}"
         stopped = self._request_task(self.configuration, "DELETE", route, self.id)
         self.status = stopped.status  # instead of an unsaved change of the status
         return self._update(stopped, before)
@@ -1182,12 +1180,13 @@ class Task(_SentRecord):
             return cls._from_response(value, response.body, configuration)
         raise response.unexpected("a task")
 
-    def _update(self, newer: Task, before: Optional[_Object] = None) -> Task:
-        """Take the state of `newer`, except what the caller changed since the state `before`."""
+    def _update(self, newer: Task, before: Union[str, bytes] = "") -> Task:
+        """Take the state of `newer`, except what the caller changed since `before`, a JSON text."""
         # What changed before this is found by comparing JSON, nested changes too; what another
         # thread sets while this compares (`asave` runs in one), by the identity of the values.
         seen = dict(self.__dict__)
-        for name in _changed(before, self.to_dict()) if before is not None else ():
+        now = _encode(self) if before else ""
+        for name in _changed(json.loads(before), json.loads(now)) if now != before else ():
             if name in self._schema().defaults:
                 newer.__dict__[name] = self.__dict__[name]
             elif name in self.extra:
@@ -1757,6 +1756,9 @@ class _Transport:
         }
         self.redact_key = functools.partial(_redact_key, self.api_key)
         self.trusted_hosts = configuration.trusted_file_hosts
+        url = _parse_url(configuration.base_url)
+        is_host = "agent-controller" in url.host or url.port == 9016
+        self.is_controller = is_host or url.target.split("/")[1] == "agent-controller"
         self.default_context: Optional[ssl.SSLContext] = None
         self.proxies = _find_proxies()
         # No lock: a list's append and remove are atomic, and a lock that another thread holds at
@@ -1967,8 +1969,8 @@ class _Transport:
             value = json.loads(body) if body.strip() else None
         except (ValueError, RecursionError) as error:
             value, invalid = None, error
-        kind = response.headers.get("Content-Type", "").lower()
-        is_html = bool(invalid) and ("html" in kind or body.lstrip()[:1] == b"<")
+        kind = response.headers.get("Content-Type", "").lower() if invalid else ""
+        is_html = "html" in kind or bool(invalid and body.lstrip()[:1] == b"<")
         if not 200 <= status < 300:
             plain = body[:65536].decode("utf-8", "replace") if invalid and not is_html else ""
             text = _describe(value) or " ".join(self.redact_key(plain).split())[:200]
@@ -2344,12 +2346,14 @@ class _Stream:
     def _parse(self, message: ServerSentEvent, response: _Response) -> Optional[TaskUpdateEvent]:
         """The event of a message; a warning if it is not one."""
         value: Any = message.data.strip(" \t\n\r")
-        with contextlib.suppress(ValueError, RecursionError):
+        try:
             parsed, end = _decode_json(value)
             if end == len(value):
                 value = parsed
             if isinstance(value, dict):
                 return TaskUpdateEvent.from_dict(value, self.required, self.configuration)
+        except (ValueError, RecursionError):
+            pass  # it is not JSON, or not an event
         reason = _redact(_describe(value)) if message.event == "error" else ""
         value = _redact(value)
         text = reason or (value if isinstance(value, str) else _encode(value))
