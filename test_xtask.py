@@ -3737,7 +3737,7 @@ def test_a_kept_connection_that_breaks_before_an_answer_is_replaced_uncounted(
 
 
 def test_a_create_whose_answer_is_cut_off_within_its_head_is_not_answered(pauses):
-    with serving("HTTP/1.1 200 OEOF") as server:
+    with serving("HTTP/1.1 400 O|EOF") as server:
         error = fails(server.config, "POST")
         assert (error.status_code, error.answered, len(server.requests)) == (500, False, 1)
 
@@ -4989,6 +4989,7 @@ def test_through_a_proxy_literals_alone_are_checked(scheme, web, monkeypatch):
     hosts = [
         *hosts_of(PUBLIC_ADDRESSES + PRIVATE_ADDRESSES, web, named=False),
         *SPELLED,
+        "a.localhost",
         "private.test",
         "10.9.9.9",
     ]
