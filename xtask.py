@@ -1883,6 +1883,11 @@ class _Transport:
             raise ConnectionAbortedError("the call was cancelled")
         context = self._tls_context(request.url, trusted)
         connection = _Connection(request, proxy, context, not (proxy or trusted))
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
         return self._send(connection, request)
 
     def _proxy_for(self, url: _URL) -> Optional[_Proxy]:
@@ -1924,8 +1929,6 @@ class _Transport:
             if proxy.authorization:
                 headers["Proxy-Authorization"] = proxy.authorization
         try:
-            if not connection.sock:
-                connection.connect()
             _attach(connection.sock)
             request.sent = True
             try:
