@@ -3949,7 +3949,7 @@ def test_interim_answers_without_end_are_an_error(status, call, pauses):
             play(connection, f"HTTP/1.1 {status} X||" * 100)
 
     with serving(*[endless] * 9, max_retries=0) as server:
-        assert "too large" in fails(server.config, call).description
+        assert not fails(server.config, call).answered
 
 
 def test_an_answer_counts_although_the_server_stops_reading(pauses):
