@@ -1761,7 +1761,7 @@ class _Transport:
         self.is_controller = is_host or url.target.split("/")[1] == "agent-controller"
         self.default_context: Optional[ssl.SSLContext] = None
         self.proxies = _find_proxies()
-        # No lock: a list's append and remove are atomic, and a lock that another thread holds at
+        # No lock: a list's append and pop are atomic, and a lock that another thread holds at
         # a fork stays locked in the child forever; a wait for the turns ends after a second.
         self.idle: list[_Connection] = []
         self.status_turns = threading.Semaphore(_STATUS_LOADS)
@@ -1870,10 +1870,6 @@ class _Transport:
 
     def _exchange(self, request: _Request) -> _Response:
         """Send a request over an idle or a new connection, and read the head of the response."""
-        proxy = self._proxy_for(request.url)
-        trusted = not request.untrusted or request.url.host in self.trusted_hosts
-        if proxy and not trusted:  # the proxy resolves names; literal addresses can be checked
-            _check_host(request.url, socket.AI_NUMERICHOST)
         if connection := self._checkout(request):
             try:
                 return self._send(connection, request)
@@ -1881,6 +1877,10 @@ class _Transport:
                 request.sent, request.resent = False, True
         if _is_cancelled():
             raise ConnectionAbortedError("the call was cancelled")
+        proxy = self._proxy_for(request.url)
+        trusted = not request.untrusted or request.url.host in self.trusted_hosts
+        if proxy and not trusted:  # the proxy resolves names; literal addresses can be checked
+            _check_host(request.url, socket.AI_NUMERICHOST)
         context = self._tls_context(request.url, trusted)
         connection = _Connection(request, proxy, context, not (proxy or trusted))
         try:
